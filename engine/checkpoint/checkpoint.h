@@ -1,0 +1,39 @@
+// Checkpoint: one read-only view over the weight files of a model folder, whatever their format.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/tensor.h"
+
+namespace minitron::engine {
+
+// A tensor in a checkpoint: shape as stored, data mapped or owned by the Checkpoint.
+struct TensorEntry {
+  DType dtype = DType::kBf16;
+  std::vector<int64_t> shape;
+  const void* data = nullptr;  // aligned to its element
+  int64_t num_bytes = 0;
+};
+
+// Immutable after Open; thread-safe. Keeps the files mapped.
+class Checkpoint {
+ public:
+  virtual ~Checkpoint() = default;
+
+  // Opens, in this order of preference, model.safetensors, model.safetensors.index.json with its shards, or
+  // pytorch_model.bin. Files are opened beneath `model_dir` only, regular files only; nothing in them is executed.
+  // Errors: NOT_FOUND (none of them is there), INVALID_ARGUMENT (malformed: file, tensor, value and limit).
+  static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& model_dir, bool show_progress);
+
+  const std::map<std::string, TensorEntry>& tensors() const { return tensors_; }
+
+ protected:
+  std::map<std::string, TensorEntry> tensors_;
+};
+
+}  // namespace minitron::engine

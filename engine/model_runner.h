@@ -1,0 +1,75 @@
+// ModelRunner: the outer seam of the engine, one per process, called once or twice per step.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/batch.h"
+
+namespace minitron::engine {
+
+enum class Backend { kAuto, kCpu, kCuda };
+
+struct EngineOptions {
+  std::string model_dir;  // Hugging Face style folder: config.json and weights
+  Backend backend = Backend::kAuto;
+  int num_threads = 0;         // CPU backend; 0 means one per core
+  int block_size = 16;         // tokens per KV block, a power of two in [8, 256]
+  int64_t kv_cache_bytes = 0;  // 0: sized from free memory, at most what max_num_sequences full contexts need
+  int max_num_sequences = 64;  // sequences per batch
+  int max_num_tokens = 512;    // token rows per batch
+  int max_context_tokens = 0;  // 0: the model's max_position_embeddings
+  bool show_progress = false;  // draw a loading bar on stderr when it is a terminal and the files are over 1 GB
+};
+
+// What the loaded model is; fixed after load.
+struct ModelInfo {
+  std::string architecture;  // "nemotron"
+  std::string backend;       // "cpu" or "cuda"
+  std::string weight_type;   // "bf16", "f16" or "f32"
+  int64_t num_parameters = 0;
+  int64_t weight_bytes = 0;
+  int64_t kv_bytes_per_token = 0;
+  int vocab_size = 0;
+  int hidden_size = 0;
+  int num_layers = 0;
+  int num_attention_heads = 0;
+  int num_key_value_heads = 0;
+  int head_dim = 0;
+  int intermediate_size = 0;
+  int max_context_tokens = 0;
+  TokenId bos_token_id = 0;
+  std::vector<TokenId> eos_token_ids;  // from generation_config.json if it has them, else config.json
+};
+
+// Runs batches over a paged KV cache. Engine thread only; not synchronized. Batches complete in order.
+//
+// Contract every backend honours: the output bits of a sequence's row are a function of that sequence's tokens, params
+// and output position alone; not of the other rows, the chunking of the prompt, the block ids or the row's place.
+class ModelRunner {
+ public:
+  virtual ~ModelRunner() = default;
+
+  // Enqueues one step. The batch and everything it borrows must stay alive until the matching Collect.
+  // At most two batches may be outstanding. Requires: 0 < T <= max_num_tokens, S <= max_num_sequences, ids in range.
+  // Error: INTERNAL when the device failed; the runner is then unusable.
+  virtual absl::Status Submit(const Batch& batch) = 0;
+
+  // Waits for the oldest outstanding batch. Error: INTERNAL when the device failed; the runner is then unusable.
+  virtual absl::StatusOr<StepResult> Collect() = 0;
+
+  virtual const ModelInfo& model_info() const = 0;
+  virtual int num_kv_blocks() const = 0;
+  virtual int block_size() const = 0;         // tokens
+  virtual int max_num_tokens() const = 0;     // token rows per batch
+  virtual int max_num_sequences() const = 0;  // sequences per batch; history slots are [0, 2 * max_num_sequences)
+};
+
+// Loads the model and sizes the KV cache.
+// Errors: NOT_FOUND (no such folder or file), INVALID_ARGUMENT (malformed or unsupported checkpoint: names file, key
+// and value), RESOURCE_EXHAUSTED (does not fit), UNIMPLEMENTED (backend not built in).
+absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptions& options);
+
+}  // namespace minitron::engine

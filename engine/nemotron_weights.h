@@ -1,0 +1,38 @@
+// NemotronWeights: every tensor of the network by role, shapes checked once against the config.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/checkpoint/checkpoint.h"
+#include "engine/model_config.h"
+#include "engine/tensor.h"
+
+namespace minitron::engine {
+
+struct LayerWeights {
+  WeightView input_norm_weight, input_norm_bias;  // [hidden]; weight is an offset from 1
+  WeightView q_proj, k_proj, v_proj;              // [query_width | key_value_width, hidden]
+  WeightView o_proj;                              // [hidden, query_width]
+  WeightView post_norm_weight, post_norm_bias;    // [hidden]; weight is an offset from 1
+  WeightView up_proj;                             // [intermediate, hidden]
+  WeightView down_proj;                           // [hidden, intermediate]
+};
+
+// Views into the Checkpoint, which must outlive this object.
+struct NemotronWeights {
+  WeightView embedding;  // [vocab, hidden]
+  std::vector<LayerWeights> layers;
+  WeightView final_norm_weight, final_norm_bias;  // [hidden]
+  WeightView lm_head;                             // [vocab, hidden]
+  int64_t num_parameters = 0;
+  int64_t num_bytes = 0;
+  DType matrix_dtype = DType::kBf16;  // of lm_head; names the checkpoint's type
+};
+
+// Finds all tensors. Errors: INVALID_ARGUMENT for a missing, extra or misshapen tensor (name, shape, shape expected);
+// rotary inv_freq buffers are tolerated.
+absl::StatusOr<NemotronWeights> MapNemotronWeights(const Checkpoint& checkpoint, const NemotronConfig& config);
+
+}  // namespace minitron::engine

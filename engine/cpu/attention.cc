@@ -6,9 +6,6 @@
 
 #include "engine/base/check.h"
 
-// See matmul.cc.
-#undef HWY_DISABLED_TARGETS
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "engine/cpu/attention.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep

@@ -117,6 +117,21 @@ TEST_P(GoldenTest, LogitsEqualHuggingFaceInFp32) {
               config_.vocab_size, largest, sum / static_cast<double>(logits_.size()));
 }
 
+// The tolerance can tell: the error of old transformers releases is far outside it.
+TEST_P(GoldenTest, WrongRotaryWidthIsFarOutsideTheTolerance) {
+  const size_t vocab = config_.vocab_size;
+  config_.rotary_dim -= 2;
+  cpu::CpuOps ops(config_, limits_, 1);
+  ForwardBuffers<cpu::CpuOps> buffers(ops, config_, kMaxTokens);
+  const Batch batch = SequenceBatch(prompts_[0], 0);
+  const MatrixView<const float> hidden = Forward(ops, config_, weights_, ops.Upload(batch), buffers);
+  std::vector<float> computed(hidden.rows * vocab);
+  ops.MatMul(hidden, weights_.lm_head, {computed.data(), hidden.rows, config_.vocab_size});
+  double largest = 0.0;
+  for (size_t i = 0; i < computed.size(); ++i) largest = std::max(largest, double{std::abs(computed[i] - logits_[i])});
+  EXPECT_GT(largest, 100 * kLogitTolerance);
+}
+
 TEST_P(GoldenTest, GreedyContinuationsEqualHuggingFaceTokenByToken) {
   const auto runner = cpu::CreateCpuModelRunner(config_, weights_, nullptr, limits_, 2);
   const SamplingParams greedy{.temperature = 0.0f};

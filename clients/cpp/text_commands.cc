@@ -91,7 +91,8 @@ int RunDetokenize(const Session& session) {
     if (text == "-") {
       if (const auto error = ReadFile("-", &text)) return FailUsage(session, *error);
     }
-    if (!ParseIds(text, &ids)) return FailUsage(session, {absl::StrCat("\"", text.substr(0, 40), "\" is not a list of token ids")});
+    if (!ParseIds(text, &ids))
+      return FailUsage(session, {absl::StrCat("\"", text.substr(0, 40), "\" is not a list of token ids")});
   }
   if (session.arguments.positionals().empty()) return FailUsage(session, {"no token ids"});
   v1::DetokenizeRequest request;

@@ -285,9 +285,9 @@ absl::StatusOr<std::vector<int64_t>> Unpickler::Sizes(ValueId id) const {
 
 // Whether `stride` is that of a row-major array; of a dim of size 1, or of an empty array, it does not matter.
 bool IsContiguous(const std::vector<int64_t>& shape, const std::vector<int64_t>& stride) {
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return true;
   int64_t expected = 1;
   for (size_t i = shape.size(); i-- > 0;) {
-    if (shape[i] == 0) return true;
     if (shape[i] != 1 && stride[i] != expected) return false;
     expected *= shape[i];  // no overflow: the caller has checked the product
   }

@@ -144,8 +144,10 @@ absl::StatusOr<std::vector<StoredTensor>> ParseSafetensors(const uint8_t* data, 
                  &header, &error)) {
     return Malformed(file, absl::StrCat("header: ", error));
   }
-  if (static_cast<int64_t>(header.items.size()) > kMaxTensors + 1) {
-    return Malformed(file, absl::StrCat(header.items.size(), " tensors, limit ", kMaxTensors));
+  const int64_t num_tensors =
+      static_cast<int64_t>(header.items.size()) - (header.Find(kMetadataKey) == nullptr ? 0 : 1);
+  if (num_tensors > kMaxTensors) {
+    return Malformed(file, absl::StrCat(num_tensors, " tensors, limit ", kMaxTensors));
   }
   std::vector<StoredTensor> tensors;
   tensors.reserve(header.items.size());

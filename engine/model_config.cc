@@ -45,6 +45,7 @@ bool SameScalar(const JsonValue& a, const JsonValue& b) {
 absl::StatusOr<Found> FindAny(const JsonValue& root, const std::vector<std::string>& keys,
                               const std::string& nested = "") {
   std::vector<Found> found;
+  found.reserve(keys.size() + 1);
   for (const std::string& key : keys) found.push_back({key, root.Find(key)});
   const JsonValue* rope = root.Find("rope_parameters");
   if (!nested.empty() && rope != nullptr) found.push_back({"rope_parameters." + nested, rope->Find(nested)});

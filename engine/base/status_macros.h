@@ -6,6 +6,8 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
+// `lhs` is a declaration or an lvalue, which parentheses would break: NOLINT for the whole file's macros.
+// NOLINTBEGIN(bugprone-macro-parentheses)
 #define MINITRON_CONCAT_INNER(a, b) a##b
 #define MINITRON_CONCAT(a, b) MINITRON_CONCAT_INNER(a, b)
 
@@ -24,3 +26,4 @@
   auto status_or = (expression);                              \
   if (!status_or.ok()) return std::move(status_or).status();  \
   lhs = std::move(status_or).value()
+// NOLINTEND(bugprone-macro-parentheses)

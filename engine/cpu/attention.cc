@@ -65,8 +65,9 @@ HWY_INLINE void ScoreHeads(Tag tag, const AttentionRow& row, int first_head) {
     const float* keys = row.cache->KeyBlock(row.layer, row.block_ids[block], row.head);
     const int64_t first_key = block * shape.block_size;
     for (int64_t offset = 0; offset < shape.block_size && first_key + offset < row.num_keys; offset += lanes) {
-      ScoreTile<kHeads>(tag, row.queries + first_head * shape.head_dim, keys + offset, shape.head_dim, shape.block_size,
-                        scale, row.scores + first_head * row.score_stride + first_key + offset, row.score_stride);
+      ScoreTile<kHeads>(tag, row.queries + int64_t{first_head} * shape.head_dim, keys + offset, shape.head_dim,
+                        shape.block_size, scale, row.scores + first_head * row.score_stride + first_key + offset,
+                        row.score_stride);
     }
   }
 }
@@ -114,7 +115,7 @@ HWY_INLINE void ValueTile(Tag tag, const AttentionRow& row, int first_head, int6
     }
   }
   for (int h = 0; h < kHeads; ++h) {
-    float* out = row.out + (first_head + h) * shape.head_dim + d;
+    float* out = row.out + int64_t{first_head + h} * shape.head_dim + d;
     for (int n = 0; n < kVectors; ++n) {
       hn::StoreU(hn::Div(totals[h][n], hn::Set(tag, sums[h])), tag, out + n * lanes);
     }
@@ -172,7 +173,7 @@ void PagedAttention(ThreadPool& pool, const BatchView& batch, const int32_t* tok
   CHECK(q.cols == int64_t{shape.num_heads} * group_size * shape.head_dim);
   const int64_t score_stride = scratch_floats / group_size;
   // Short contexts are cheap: give a thread a few heads at a time, long ones one.
-  int32_t longest = 0;
+  int32_t longest = 1;
   for (int s = 0; s < batch.num_sequences; ++s) longest = std::max(longest, batch.kv_lens[s]);
   constexpr int64_t kMinWork = 64 << 10;  // multiply-adds; see MatMul
   const int64_t grain = std::max<int64_t>(1, kMinWork / (int64_t{2} * longest * group_size * shape.head_dim));

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "server/tokenizer.h"
+#include "server/utf8.h"
 
 namespace minitron::server {
 
@@ -21,13 +22,9 @@ class Detokenizer {
 
  private:
   const Tokenizer* tokenizer_;  // owned by main
-  DecodeOptions options_;
+  bool skip_special_;
   bool at_start_;
   std::string held_;  // incomplete UTF-8 prefix
 };
-
-// Appends to `out` what is certain of held + bytes as valid UTF-8 (U+FFFD for each maximal ill-formed part) and leaves
-// an incomplete prefix in `held`.
-void AppendUtf8(std::string& held, std::string_view bytes, std::string& out);
 
 }  // namespace minitron::server

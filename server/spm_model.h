@@ -1,4 +1,11 @@
-// SpmModel: a std-only wall around sentencepiece, whose header cannot be compiled beside abseil's string headers.
+// SpmModel: a sentencepiece BPE model (tokenizer.model): its pieces and flags, and text to ids. std only.
+//
+// Decision 2026-11-24: the algorithm is implemented here and Debian's libsentencepiece 0.1.97 is only linked into
+// tests, as the oracle. Why: that library exports its own copy of protobuf 3.14; in a process that also loads
+// protobuf 3.21 (gRPC does) the two copies replace each other's symbols, and the first Load aborts or crashes, whatever
+// the link order. Its loader also crashes on hostile files (CVE-2026-1260), and it cannot be told to leave user-defined
+// pieces alone. What would change it: a sentencepiece built against the distribution's protobuf, with those two points
+// settled.
 #pragma once
 
 #include <memory>
@@ -22,25 +29,31 @@ class SpmModel {
     std::string normalizer;  // "identity", "nmt_nfkc", ...
   };
 
-  // Reads a tokenizer.model file. On failure returns null and sets *error to one line naming the file and the cause.
+  // Reads a tokenizer.model file: a regular file of at most 64 MiB, BPE, checked as ParseSpmProto says. On failure
+  // returns null and sets *error to one line naming the file and the cause.
   static std::unique_ptr<SpmModel> Load(const std::string& path, std::string* error);
+  // The same from the file's bytes; *error has no path.
+  static std::unique_ptr<SpmModel> Parse(std::string_view data, std::string* error);
   ~SpmModel();
 
   const Flags& flags() const;
   int vocab_size() const;
-  // Ids of one text, without BOS. `text` should be valid UTF-8; invalid bytes are replaced as sentencepiece does.
-  std::vector<int> Encode(std::string_view text) const;
-  // The id of an exact piece, or -1.
+  // Ids of one text, without BOS. Never gives a control or user-defined piece, whatever the text spells: the result is
+  // what sentencepiece gives for the same model with its user-defined pieces declared control. Invalid UTF-8 becomes
+  // U+FFFD per byte, as in sentencepiece. `at_text_start` false: no dummy prefix (a part in the middle of a text).
+  // O(n log n) in the text.
+  std::vector<int> Encode(std::string_view text, bool at_text_start = true) const;
+  // The id of an exact piece of any type, or -1.
   int PieceToId(std::string_view piece) const;
-  // Requires: 0 <= id < vocab_size().
+  // Require: 0 <= id < vocab_size().
   const std::string& Piece(int id) const;
   PieceType Type(int id) const;
+  // What the unknown piece reads as in decoded text; " U+2047 " unless the file says otherwise.
+  const std::string& unk_surface() const;
   int bos_id() const;  // -1 when the file has none
   int eos_id() const;
   int unk_id() const;
   int pad_id() const;
-  // sentencepiece's own decode; for tests of ours.
-  std::string ReferenceDecode(const std::vector<int>& ids) const;
 
  private:
   struct Impl;

@@ -1,10 +1,13 @@
 // Tokenizer: text to token ids and back, with the project's rules for BOS, special tokens and bytes.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -16,10 +19,12 @@ namespace minitron::server {
 using engine::TokenId;
 
 struct EncodeOptions {
+  // Put the BOS token in front, if the model has one. Off by default: Minitron is trained and evaluated without.
   bool add_bos = false;
-  // Turn the spelling of control and user-defined pieces ("</s>", "<extra_id_1>") into those tokens. Off: control
-  // pieces stay plain text. (sentencepiece itself always matches user-defined pieces when off too? No: they stay text
-  // as well.)
+  // On: the spelling of a control or user-defined piece ("</s>", "<extra_id_1>") becomes that one token, the longest
+  // spelling first. The text between is encoded part by part, and only a plain part at the very start of the text gets
+  // the dummy prefix. Off: such spellings are plain text and become the tokens of their characters, so a prompt cannot
+  // forge a turn or an end of sequence.
   bool parse_special = false;
 };
 
@@ -34,18 +39,27 @@ struct DecodeOptions {
 class Tokenizer {
  public:
   // Loads `model_dir`/tokenizer.model and logs its flags.
-  // Errors: NOT_FOUND, INVALID_ARGUMENT (unreadable; or more pieces than `vocab_size`, the model's).
+  // Errors: NOT_FOUND, INVALID_ARGUMENT (unreadable, not a BPE sentencepiece model, or more pieces than `vocab_size`,
+  // the model's).
   static absl::StatusOr<std::unique_ptr<Tokenizer>> Load(const std::string& model_dir, int vocab_size);
 
+  // `text` should be valid UTF-8; invalid bytes become U+FFFD each. Time n log n in the text; the caller bounds its
+  // length.
   std::vector<TokenId> Encode(std::string_view text, const EncodeOptions& options) const;
 
   // The whole text at once; invalid UTF-8 becomes U+FFFD, one per maximal ill-formed part (Unicode 3.9, table 3-8).
   std::string Decode(const std::vector<TokenId>& ids, const DecodeOptions& options) const;
 
   // The bytes a token stands for inside a text: "▁" is a space, a byte piece its byte, a special piece its spelling
-  // (empty with skip_special). Ids past the tokenizer's pieces (padding of the embedding) are empty.
+  // (empty with skip_special), the unknown piece " ⁇ " as in sentencepiece. Ids past the tokenizer's pieces (padding of
+  // the embedding) and negative ids are empty.
   std::string TokenBytes(TokenId id, bool skip_special) const;
 
+  // TokenBytes without the space of the dummy prefix when `at_start` is true. Clears `at_start` at the first token that
+  // stands for text. The step of Decode and Detokenizer.
+  std::string NextBytes(TokenId id, bool skip_special, bool& at_start) const;
+
+  // Control or user-defined.
   bool IsSpecial(TokenId id) const;
   int num_pieces() const;  // of the tokenizer; the model's vocabulary may be padded beyond it
   int vocab_size() const;  // of the model
@@ -55,10 +69,17 @@ class Tokenizer {
 
  private:
   Tokenizer(std::unique_ptr<SpmModel> spm, int vocab_size);
+
+  // The special piece spelled at the start of `text`: its length in bytes and id; 0 and -1 when there is none.
+  std::pair<size_t, TokenId> SpecialAt(std::string_view text) const;
+
   std::unique_ptr<SpmModel> spm_;
   int vocab_size_;
-  // Spellings of special pieces with ids, longest first, for parse_special.
-  std::vector<std::pair<std::string, TokenId>> special_pieces_;
+  // Spellings of special pieces; keys live in spm_. Found by length, so that a text full of "<" costs one look-up per
+  // distinct length and position, not one per piece.
+  std::unordered_map<std::string_view, TokenId> special_ids_;
+  std::vector<size_t> special_lengths_;  // distinct, longest first
+  std::array<bool, 256> special_first_byte_{};
 };
 
 }  // namespace minitron::server

@@ -1,0 +1,135 @@
+// minitron: the command-line client. Start-up order: options, signals, client, command.
+#include <pthread.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+
+#include "clients/cpp/commands.h"
+
+namespace minitron::client {
+namespace {
+
+const char kOverview[] =
+    "usage: minitron COMMAND [options]\n\nCommand line client of minitron-server. `minitron COMMAND --help` shows a "
+    "command's options.\n\n";
+const char kExitCodes[] =
+    "\nExit codes: 0 success; 1 output or input failed; 2 wrong command line; 3 `health`: not serving; 130 "
+    "interrupted;\n"
+    "10 + gRPC status code for an error of the call: 11 CANCELLED, 13 INVALID_ARGUMENT, 14 DEADLINE_EXCEEDED,\n"
+    "15 NOT_FOUND, 16 ALREADY_EXISTS, 17 PERMISSION_DENIED, 18 RESOURCE_EXHAUSTED, 22 UNIMPLEMENTED, 23 INTERNAL,\n"
+    "24 UNAVAILABLE, 26 UNAUTHENTICATED.\n";
+
+std::string Overview() {
+  std::string text = kOverview;
+  for (const Command& command : Commands()) {
+    std::string name = "  " + command.spec.name;
+    name.resize(14, ' ');
+    text += name + command.spec.summary + "\n";
+  }
+  return text + kExitCodes;
+}
+
+// Turns Ctrl-C into a cancellation, and the second one into an exit at once. A thread waits for the signal, because
+// cancelling a call is not allowed inside a signal handler.
+class InterruptThread {
+ public:
+  // Blocks the signals in the calling thread and in all it starts later: make it before the first gRPC object.
+  explicit InterruptThread(Cancellation* cancellation) {
+    sigemptyset(&signals_);
+    sigaddset(&signals_, SIGINT);
+    sigaddset(&signals_, SIGTERM);
+    sigaddset(&signals_, SIGUSR1);  // from the destructor
+    pthread_sigmask(SIG_BLOCK, &signals_, nullptr);
+    thread_ = std::thread([this, cancellation] {
+      int signal = 0;
+      while (sigwait(&signals_, &signal) == 0 && signal != SIGUSR1) {
+        if (cancellation->cancelled()) _exit(kExitInterrupted);
+        cancellation->Cancel();
+      }
+    });
+  }
+
+  ~InterruptThread() {
+    pthread_kill(thread_.native_handle(), SIGUSR1);
+    thread_.join();
+  }
+
+ private:
+  sigset_t signals_;
+  std::thread thread_;
+};
+
+std::optional<UsageError> MakeClientOptions(const Arguments& arguments, ClientOptions* options) {
+  const char* const environment = std::getenv("MINITRON_SERVER");
+  if (environment != nullptr && *environment != '\0') options->target = environment;
+  options->target = arguments.Get("server", options->target);
+  if (arguments.Has("timeout")) {
+    float seconds = 0;
+    if (!ParseFloat(arguments.Get("timeout"), &seconds) || !(seconds > 0) || seconds > 1e6f) {
+      return UsageError{"--timeout \"" + arguments.Get("timeout") + "\" is not a number of seconds in (0, 1000000]"};
+    }
+    options->timeout = std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3f) + 1);
+  }
+  for (const std::string& entry : arguments.All("metadata")) {
+    const size_t equals = entry.find('=');
+    if (equals == std::string::npos || equals == 0) return UsageError{"--metadata \"" + entry + "\" is not KEY=VALUE"};
+    std::string key = entry.substr(0, equals);
+    for (char& c : key) {
+      // gRPC aborts on keys it cannot send.
+      if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+      if (!((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-' || c == '_' || c == '.')) {
+        return UsageError{"--metadata key \"" + key + "\" has a character outside a-z 0-9 - _ ."};
+      }
+    }
+    options->metadata.emplace_back(key, entry.substr(equals + 1));
+  }
+  return std::nullopt;
+}
+
+int Run(const std::vector<std::string>& args) {
+  if (args.empty() || args[0] == "--help" || args[0] == "-h" || args[0] == "help") {
+    std::fputs(Overview().c_str(), args.empty() ? stderr : stdout);
+    return args.empty() ? kExitUsage : kExitOk;
+  }
+  if (args[0] == "--version") return Print("minitron " MINITRON_VERSION "\n") ? kExitOk : kExitOutput;
+  const Command* command = nullptr;
+  std::vector<std::string> names;
+  for (const Command& candidate : Commands()) {
+    names.push_back(candidate.spec.name);
+    if (candidate.spec.name == args[0]) command = &candidate;
+  }
+  if (command == nullptr) {
+    const auto near = DidYouMean(args[0], names);
+    std::fprintf(stderr, "minitron: no command \"%s\"%s; see minitron --help\n", args[0].c_str(),
+                 near.has_value() ? ("; did you mean " + *near + "?").c_str() : "");
+    return kExitUsage;
+  }
+  Cancellation cancellation;
+  Session session{nullptr, &cancellation, "", {}, false};
+  if (const auto error = Arguments::Parse(command->spec, {args.begin() + 1, args.end()}, &session.arguments)) {
+    return FailUsage(session, *error);
+  }
+  if (session.arguments.Has("help")) {
+    return Print(Help(command->spec) + kExitCodes) ? kExitOk : kExitOutput;
+  }
+  ClientOptions options;
+  if (const auto error = MakeClientOptions(session.arguments, &options)) return FailUsage(session, *error);
+  session.target = options.target;
+  session.json = session.arguments.Has("json");
+
+  const InterruptThread interrupt(&cancellation);
+  Client client(options);
+  session.client = &client;
+  return command->run(session);
+}
+
+}  // namespace
+}  // namespace minitron::client
+
+int main(int argc, char** argv) {
+  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is a failed write, and exit code 1
+  return minitron::client::Run({argv + 1, argv + argc});
+}

@@ -1,0 +1,63 @@
+# make demo    installs, builds, starts the server with the shipped model and streams a completion
+# make test    installs, builds and runs every check
+# make serve   runs the server until Ctrl-C and prints its ports
+# make lint    formatting and static analysis      make format  formats the sources
+# make clean   removes build/
+#
+# Variables: MODEL=DIR PROMPT=TEXT PORT=N METRICS_PORT=N JOBS=N
+
+export PATH := $(CURDIR)/build/tools:$(PATH)
+JOBS ?= $(shell nproc)
+MODEL ?= deploy/models/minitron-tiny
+PROMPT ?= To be or not to be,
+PORT ?= 50051
+METRICS_PORT ?= 9090
+SANITIZED_ROOMS ?= engine|scheduler|simulation|server|clients
+
+.PHONY: help build demo serve test test-release test-asan test-tsan lint format clean deps-build deps-test deps-lint
+
+help:
+	@sed -n '1,8s/^# \{0,1\}//p' Makefile
+
+deps-build deps-test deps-lint:
+	@deploy/install-deps.sh build $(patsubst deps-%,%,$@)
+
+# The two programs of the product, without the tests.
+build: deps-build
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=OFF
+	@cmake --build --preset release -j $(JOBS) --target minitron-server minitron
+
+demo: build
+	@deploy/demo.sh --model "$(MODEL)" --prompt "$(PROMPT)"
+
+serve: build
+	@build/release/bin/minitron-server --model "$(MODEL)" --port $(PORT) --metrics-port $(METRICS_PORT)
+
+# Cheap checks first; the release tests include the integration tests, the sanitizer runs do not.
+test: lint test-asan test-tsan test-release
+
+test-release: deps-test
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
+	@cmake --build --preset release -j $(JOBS)
+	@ctest --preset release -j $(JOBS)
+
+test-asan: deps-test
+	@cmake --preset asan --log-level=WARNING
+	@cmake --build --preset asan -j $(JOBS) --target unit-tests
+	@ctest --preset asan -j $(JOBS) -L '$(SANITIZED_ROOMS)'
+
+test-tsan: deps-test
+	@cmake --preset tsan --log-level=WARNING
+	@cmake --build --preset tsan -j $(JOBS) --target thread-tests
+	@ctest --preset tsan -j $(JOBS) -L 'scheduler|simulation|server'
+
+lint: deps-lint deps-test
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
+	@cmake --build --preset release -j $(JOBS) --target minitron_proto
+	@tests/lint.sh build/release $(JOBS)
+
+format: deps-lint
+	@git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs clang-format -i
+
+clean:
+	@rm -rf build

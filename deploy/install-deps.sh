@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Installs what the project needs from the distribution (Debian 12, Ubuntu 24.04). Idempotent, asks nothing, and does
+# not touch the package manager when everything is there.
+#
+# Usage: deploy/install-deps.sh [build] [test] [lint] [golden]     (default: build)
+#   build   compilers and libraries for the server and the clients
+#   test    GoogleTest, Google Benchmark, promtool, Python gRPC client
+#   lint    clang-format and clang-tidy
+#   golden  PyTorch, only to make the golden files anew (tests/engine/goldens)
+set -euo pipefail
+
+top=$(cd "$(dirname "$0")/.." && pwd)
+tools=$top/build/tools # promtool lands here
+
+build_packages=(
+  build-essential cmake ninja-build pkg-config ccache git ca-certificates
+  libgrpc++-dev libgrpc-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
+  libsentencepiece-dev prometheus-cpp-dev libcurl4-openssl-dev zlib1g-dev libhwy-dev nlohmann-json3-dev
+)
+test_packages=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf curl)
+lint_packages=(clang-format clang-tidy python3-yaml)
+golden_packages=(python3 python3-venv python3-torch)
+
+packages=()
+want_promtool=no
+for group in "${@:-build}"; do
+  case $group in
+    build) packages+=("${build_packages[@]}") ;;
+    test) packages+=("${test_packages[@]}") want_promtool=yes ;;
+    lint) packages+=("${lint_packages[@]}") ;;
+    golden) packages+=("${golden_packages[@]}") ;;
+    *)
+      echo "install-deps: unknown group '$group' (build, test, lint, golden)" >&2
+      exit 2
+      ;;
+  esac
+done
+
+as_root() {
+  if [ "$(id -u)" = 0 ]; then
+    env DEBIAN_FRONTEND=noninteractive "$@"
+  else
+    sudo -n true 2>/dev/null || echo "install-deps: needs root to install: ${missing[*]:-packages}" >&2
+    sudo env DEBIAN_FRONTEND=noninteractive "$@"
+  fi
+}
+
+updated=no
+update_once() {
+  [ $updated = yes ] || as_root apt-get update -qq
+  updated=yes
+}
+
+command -v apt-get >/dev/null || {
+  echo "install-deps: needs a Debian or Ubuntu system (apt-get); elsewhere install the packages listed in $0" >&2
+  exit 1
+}
+
+missing=()
+for package in "${packages[@]}"; do
+  [ "$(dpkg-query -W -f='${db:Status-Abbrev}' "$package" 2>/dev/null)" = "ii " ] || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  echo "install-deps: installing ${missing[*]}"
+  update_once
+  as_root apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 "${missing[@]}" >/dev/null
+fi
+
+# promtool comes with the prometheus package, which would also start a Prometheus service: take the one binary.
+if [ $want_promtool = yes ] && ! command -v promtool >/dev/null && [ ! -x "$tools/promtool" ]; then
+  echo "install-deps: fetching promtool"
+  update_once
+  mkdir -p "$tools"
+  unpack=$(mktemp -d)
+  trap 'rm -rf "$unpack"' EXIT
+  (cd "$unpack" && apt-get download -qq prometheus 2>/dev/null && dpkg-deb -x prometheus_*.deb .)
+  install -m 755 "$unpack/usr/bin/promtool" "$tools/promtool"
+fi

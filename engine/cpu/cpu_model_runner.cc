@@ -1,0 +1,50 @@
+#include "engine/cpu/cpu_model_runner.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "engine/base/check.h"
+#include "engine/cpu/cpu_ops.h"
+
+namespace minitron::engine::cpu {
+
+int64_t KvBytesPerToken(const NemotronConfig& config) {
+  return int64_t{2} * config.num_layers * config.key_value_width() * static_cast<int64_t>(sizeof(float));
+}
+
+int NumUsableCores() {
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  if (sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
+  return std::max(1, CPU_COUNT(&cores));
+}
+
+std::unique_ptr<ModelRunner> CreateCpuModelRunner(const NemotronConfig& config, const NemotronWeights& weights,
+                                                  std::shared_ptr<const void> weights_owner, const RunnerLimits& limits,
+                                                  int num_threads) {
+  CHECK(num_threads >= 1);
+  CHECK(limits.block_size >= 8 && limits.num_kv_blocks >= 1);
+  ModelInfo info;
+  info.architecture = "nemotron";
+  info.backend = "cpu";
+  info.weight_type = DTypeName(weights.matrix_dtype);
+  info.num_parameters = weights.num_parameters;
+  info.weight_bytes = weights.num_bytes;
+  info.kv_bytes_per_token = KvBytesPerToken(config);
+  info.vocab_size = config.vocab_size;
+  info.hidden_size = config.hidden_size;
+  info.num_layers = config.num_layers;
+  info.num_attention_heads = config.num_attention_heads;
+  info.num_key_value_heads = config.num_key_value_heads;
+  info.head_dim = config.head_dim;
+  info.intermediate_size = config.intermediate_size;
+  info.max_context_tokens = limits.max_context_tokens;
+  info.bos_token_id = config.bos_token_id;
+  info.eos_token_ids = config.eos_token_ids;
+  return std::make_unique<ModelRunnerImpl<CpuOps>>(std::make_unique<CpuOps>(config, limits, num_threads), config,
+                                                   weights, std::move(weights_owner), std::move(info), limits);
+}
+
+}  // namespace minitron::engine::cpu

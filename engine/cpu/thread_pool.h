@@ -1,0 +1,56 @@
+// ThreadPool: fixed workers that share the ranges of one loop at a time.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace minitron::engine::cpu {
+
+// One loop at a time, called from one thread. Ranges are claimed dynamically, so which thread runs a range is random:
+// what is computed for an index must not depend on it.
+class ThreadPool {
+ public:
+  // Starts num_threads - 1 workers (>= 1 thread; the caller is one of them).
+  explicit ThreadPool(int num_threads);
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+  ~ThreadPool();
+
+  int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls function(begin, end, thread) over disjoint ranges of `grain` indices (the last may be shorter) that cover
+  // [0, count); thread in [0, num_threads). Returns when all are done. Never allocates. One range runs on the caller.
+  template <typename Function>
+  void ParallelFor(int64_t count, int64_t grain, const Function& function) {
+    Run(count, grain, &Call<Function>, &function);
+  }
+
+ private:
+  using Trampoline = void (*)(const void* function, int64_t begin, int64_t end, int thread);
+
+  template <typename Function>
+  static void Call(const void* function, int64_t begin, int64_t end, int thread) {
+    (*static_cast<const Function*>(function))(begin, end, thread);
+  }
+
+  void Run(int64_t count, int64_t grain, Trampoline trampoline, const void* function);
+  void RunRanges(uint32_t loop, int thread);
+  void WorkerMain(int thread);
+
+  // The loop at hand. Written by the caller before ticket_ announces it; a worker that read them while they changed
+  // cannot claim a range of its loop any more and drops what it read.
+  std::atomic<int64_t> count_{0};
+  std::atomic<int64_t> grain_{1};
+  std::atomic<Trampoline> trampoline_{nullptr};
+  std::atomic<const void*> function_{nullptr};
+  // High half: number of the loop. Low half: ranges not claimed yet.
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<uint32_t> ranges_left_{0};  // not finished
+  alignas(64) std::atomic<uint32_t> announced_{0};    // number of the latest loop; workers sleep on it
+  std::atomic<bool> stopping_{false};
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace minitron::engine::cpu

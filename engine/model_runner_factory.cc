@@ -1,0 +1,124 @@
+// CreateModelRunner: options checked, model loaded, KV cache sized, backend chosen.
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "engine/base/log.h"
+#include "engine/base/status_macros.h"
+#include "engine/checkpoint/checkpoint.h"
+#include "engine/cpu/cpu_model_runner.h"
+#include "engine/model_config.h"
+#include "engine/model_runner.h"
+#include "engine/nemotron_weights.h"
+
+namespace minitron::engine {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxSequences = 4096;
+constexpr int kMaxTokens = 65536;
+
+absl::Status CheckRange(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(name, " ", value, " outside [", low, ", ", high, "]"));
+}
+
+absl::Status CheckOptions(const EngineOptions& options) {
+  RETURN_IF_ERROR(CheckRange("num_threads", options.num_threads, 0, kMaxThreads));
+  RETURN_IF_ERROR(CheckRange("block_size", options.block_size, 8, 256));
+  if ((options.block_size & (options.block_size - 1)) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("block_size ", options.block_size, " is not a power of two"));
+  }
+  RETURN_IF_ERROR(CheckRange("kv_cache_bytes", options.kv_cache_bytes, 0, int64_t{1} << 50));
+  RETURN_IF_ERROR(CheckRange("max_num_sequences", options.max_num_sequences, 1, kMaxSequences));
+  RETURN_IF_ERROR(CheckRange("max_num_tokens", options.max_num_tokens, 1, kMaxTokens));
+  if (options.max_num_tokens < options.max_num_sequences) {
+    return absl::InvalidArgumentError(absl::StrCat("max_num_tokens ", options.max_num_tokens,
+                                                   " below max_num_sequences ", options.max_num_sequences,
+                                                   ": a decode step needs a row for every sequence"));
+  }
+  if (options.model_dir.empty()) return absl::InvalidArgumentError("model_dir is empty");
+  struct stat info {};
+  if (stat(options.model_dir.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
+    return absl::NotFoundError(absl::StrCat("model folder '", options.model_dir, "' is not there"));
+  }
+  return absl::OkStatus();
+}
+
+// The number behind `key` in /proc/meminfo, in bytes; 0 if it cannot be read.
+int64_t MemoryInfoBytes(const std::string& key) {
+  std::ifstream file("/proc/meminfo");
+  std::string name, unit;
+  int64_t kibibytes = 0;
+  while (file >> name >> kibibytes && std::getline(file, unit)) {
+    if (name == key + ":") return kibibytes * 1024;
+  }
+  return 0;
+}
+
+// Blocks the KV cache gets. An explicit size is taken as it is; else every sequence gets its full context, unless that
+// exceeds a quarter of the free memory, but never less than one full context.
+absl::StatusOr<int> SizeKvCache(const EngineOptions& options, int max_context_tokens, int64_t bytes_per_token) {
+  const int64_t block_bytes = bytes_per_token * options.block_size;
+  const int64_t context_blocks = (max_context_tokens + options.block_size - 1) / options.block_size;
+  const int64_t context_bytes = context_blocks * block_bytes;
+  const int64_t available = MemoryInfoBytes("MemAvailable");
+  int64_t bytes = options.kv_cache_bytes;
+  if (bytes == 0) {
+    bytes = std::min(context_bytes * options.max_num_sequences, std::max(context_bytes, available / 4));
+    if (available > 0 && bytes > available) {
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "KV cache: one context of ", max_context_tokens, " tokens * ", bytes_per_token, " bytes = ", context_bytes,
+          " bytes, ", available, " bytes of memory available; lower max_context_tokens or set kv_cache_bytes"));
+    }
+  }
+  const int64_t num_blocks = bytes / block_bytes;
+  if (num_blocks < 2) {
+    return absl::ResourceExhaustedError(absl::StrCat("KV cache: ", bytes, " bytes hold ", num_blocks, " blocks of ",
+                                                     options.block_size, " tokens * ", bytes_per_token,
+                                                     " bytes = ", block_bytes, " bytes; at least 2 are needed"));
+  }
+  return static_cast<int>(std::min<int64_t>(num_blocks, INT32_MAX));
+}
+
+absl::Status CheckBackend(Backend backend) {
+#if MINITRON_CUDA
+#error "the CUDA backend's sources are not in this tree"
+#else
+  if (backend == Backend::kCuda) return absl::UnimplementedError("this build has no CUDA backend");
+#endif
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptions& options) {
+  RETURN_IF_ERROR(CheckBackend(options.backend));
+  RETURN_IF_ERROR(CheckOptions(options));
+  ASSIGN_OR_RETURN(const NemotronConfig config, LoadNemotronConfig(options.model_dir));
+  RETURN_IF_ERROR(CheckRange("max_context_tokens", options.max_context_tokens, 0, config.max_position_embeddings));
+  const int max_context = options.max_context_tokens > 0 ? options.max_context_tokens : config.max_position_embeddings;
+  ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> opened, Checkpoint::Open(options.model_dir, options.show_progress));
+  const std::shared_ptr<const Checkpoint> checkpoint = std::move(opened);
+  ASSIGN_OR_RETURN(const NemotronWeights weights, MapNemotronWeights(*checkpoint, config));
+  ASSIGN_OR_RETURN(const int num_blocks, SizeKvCache(options, max_context, cpu::KvBytesPerToken(config)));
+  const int num_threads = options.num_threads > 0 ? options.num_threads : cpu::NumUsableCores();
+  base::LogInfo(absl::StrCat("engine backend=cpu threads=", num_threads, " parameters=", weights.num_parameters,
+                             " weights=", DTypeName(weights.matrix_dtype), " context=", max_context,
+                             " kv_blocks=", num_blocks, " kv_block_tokens=", options.block_size));
+  const RunnerLimits limits{.block_size = options.block_size,
+                            .num_kv_blocks = num_blocks,
+                            .max_num_sequences = options.max_num_sequences,
+                            .max_num_tokens = options.max_num_tokens,
+                            .max_context_tokens = max_context};
+  return cpu::CreateCpuModelRunner(config, weights, checkpoint, limits, num_threads);
+}
+
+}  // namespace minitron::engine

@@ -1,0 +1,100 @@
+// CreateModelRunner: options checked, cache sized, the shipped model loads and generates.
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/model_runner.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace minitron::engine {
+namespace {
+
+using testing::HasSubstr;
+
+EngineOptions TinyOptions() {
+  EngineOptions options;
+  options.model_dir = std::string(MINITRON_SOURCE_DIR) + "/deploy/models/minitron-tiny";
+  options.num_threads = 2;
+  return options;
+}
+
+void ExpectError(const EngineOptions& options, absl::StatusCode code, const std::string& words) {
+  const auto runner = CreateModelRunner(options);
+  ASSERT_FALSE(runner.ok()) << words;
+  EXPECT_EQ(runner.status().code(), code) << runner.status();
+  EXPECT_THAT(std::string(runner.status().message()), HasSubstr(words));
+}
+
+TEST(ModelRunnerFactoryTest, LoadsTheShippedModelAndSaysWhatItIs) {
+  const auto runner = CreateModelRunner(TinyOptions());
+  ASSERT_TRUE(runner.ok()) << runner.status();
+  const ModelInfo& info = (*runner)->model_info();
+  EXPECT_EQ(info.architecture, "nemotron");
+  EXPECT_EQ(info.backend, "cpu");
+  EXPECT_EQ(info.weight_type, "bf16");
+  EXPECT_EQ(info.vocab_size, 2048);
+  EXPECT_EQ(info.head_dim, 64);
+  EXPECT_EQ(info.max_context_tokens, 1024);
+  EXPECT_EQ(info.weight_bytes, 2 * info.num_parameters);
+  EXPECT_EQ(info.kv_bytes_per_token, 2 * 6 * 2 * 64 * 4);  // k and v, layers, kv heads, dims, fp32
+  EXPECT_EQ((*runner)->block_size(), 16);
+  EXPECT_EQ((*runner)->max_num_tokens(), 512);
+}
+
+TEST(ModelRunnerFactoryTest, CacheHoldsEveryFullContextOfASmallModel) {
+  EngineOptions options = TinyOptions();
+  options.max_num_sequences = 3;
+  options.max_context_tokens = 100;
+  const auto runner = CreateModelRunner(options);
+  ASSERT_TRUE(runner.ok()) << runner.status();
+  EXPECT_EQ((*runner)->num_kv_blocks(), 3 * 7);  // ceil(100 / 16) each
+}
+
+TEST(ModelRunnerFactoryTest, ExplicitCacheSizeIsTakenAsItIs) {
+  EngineOptions options = TinyOptions();
+  options.kv_cache_bytes = int64_t{6144} * 16 * 5 + 1;
+  const auto runner = CreateModelRunner(options);
+  ASSERT_TRUE(runner.ok()) << runner.status();
+  EXPECT_EQ((*runner)->num_kv_blocks(), 5);
+}
+
+TEST(ModelRunnerFactoryTest, CacheOfOneBlockIsRefusedWithTheArithmetic) {
+  EngineOptions options = TinyOptions();
+  options.kv_cache_bytes = 6144 * 16 * 2 - 1;
+  ExpectError(options, absl::StatusCode::kResourceExhausted, "196607 bytes hold 1 blocks of 16 tokens * 6144 bytes");
+}
+
+TEST(ModelRunnerFactoryTest, OptionsOutOfRangeNameValueAndLimit) {
+  const auto refuse = [](auto set, const std::string& words) {
+    EngineOptions options = TinyOptions();
+    set(options);
+    ExpectError(options, absl::StatusCode::kInvalidArgument, words);
+  };
+  refuse([](EngineOptions& o) { o.num_threads = -1; }, "num_threads -1 outside [0, ");
+  refuse([](EngineOptions& o) { o.block_size = 4; }, "block_size 4 outside [8, 256]");
+  refuse([](EngineOptions& o) { o.block_size = 512; }, "block_size 512 outside [8, 256]");
+  refuse([](EngineOptions& o) { o.block_size = 24; }, "block_size 24 is not a power of two");
+  refuse([](EngineOptions& o) { o.kv_cache_bytes = -1; }, "kv_cache_bytes -1 outside [0, ");
+  refuse([](EngineOptions& o) { o.max_num_sequences = 0; }, "max_num_sequences 0 outside [1, ");
+  refuse([](EngineOptions& o) { o.max_num_tokens = 0; }, "max_num_tokens 0 outside [1, ");
+  refuse([](EngineOptions& o) { o.max_num_tokens = 63; }, "max_num_tokens 63 below max_num_sequences 64");
+  refuse([](EngineOptions& o) { o.max_context_tokens = 1025; }, "max_context_tokens 1025 outside [0, 1024]");
+  refuse([](EngineOptions& o) { o.max_context_tokens = -1; }, "max_context_tokens -1 outside [0, 1024]");
+  refuse([](EngineOptions& o) { o.model_dir = ""; }, "model_dir is empty");
+}
+
+TEST(ModelRunnerFactoryTest, MissingFolderIsNotFound) {
+  EngineOptions options = TinyOptions();
+  options.model_dir += "-missing";
+  ExpectError(options, absl::StatusCode::kNotFound, "minitron-tiny-missing");
+}
+
+TEST(ModelRunnerFactoryTest, CudaIsUnimplementedInThisBuild) {
+  EngineOptions options = TinyOptions();
+  options.backend = Backend::kCuda;
+  ExpectError(options, absl::StatusCode::kUnimplemented, "this build has no CUDA backend");
+}
+
+}  // namespace
+}  // namespace minitron::engine

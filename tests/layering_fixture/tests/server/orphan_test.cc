@@ -1,0 +1,2 @@
+// Planted: in no target, and skipped.
+void Planted() { GTEST_SKIP(); }

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Formatting, static analysis and shell syntax. Usage: tests/lint.sh BUILD_DIR JOBS  (BUILD_DIR has compile_commands.json)
+# clang-tidy results are kept per file, keyed by the content of everything that could change them.
+set -euo pipefail
+
+build=$1 jobs=$2
+cd "$(dirname "$0")/.."
+mapfile -t sources < <(git ls-files '*.h' '*.cc' '*.cu' '*.cuh')
+mapfile -t scripts < <(git ls-files '*.sh' .ci/run)
+
+clang-format --dry-run -Werror "${sources[@]}"
+echo "lint: ${#sources[@]} files are formatted"
+for script in "${scripts[@]}"; do bash -n "$script"; done
+
+# A header can change any file's result, so all headers are part of every key.
+cache=build/tidy
+mkdir -p "$cache"
+shared_key=$(cat .clang-tidy $(git ls-files '*.h' '*.proto' '*CMakeLists.txt') | sha256sum | cut -c1-16)
+pending=()
+for file in $(git ls-files '*.cc' | grep -v '^tests/'); do
+  key=$(sha256sum <"$file" | cut -c1-16)-$shared_key
+  [ -e "$cache/$key" ] || pending+=("$file:$key")
+done
+tidy_one() {
+  file=${1%%:*} key=${1##*:}
+  if ! output=$(clang-tidy --quiet -p "$build" "$file" 2>/dev/null); then
+    printf '%s\n' "$output"
+    echo "lint: clang-tidy found problems in $file" >&2
+    return 1
+  fi
+  touch "$cache/$key"
+}
+export -f tidy_one
+export build cache
+printf '%s\n' "${pending[@]}" | grep . | xargs -r -P "$jobs" -I{} bash -c 'tidy_one {}'
+echo "lint: clang-tidy is clean"

@@ -1,7 +1,7 @@
 // CallSink: the events of one admitted call. The wire protocols are adapters behind it.
 //
-// Order: OnStarted once, then OnDelta and one OnFinished per sequence, then OnDone. OnFailed may come at any point
-// instead of what is left. OnDone or OnFailed is the last event. All from the output thread; none may block.
+// Order: OnStarted once, then OnDelta and one OnFinished per sequence, then OnComplete. OnFailed may come at any point
+// instead of what is left. OnComplete or OnFailed is the last event. All from the output thread; none may block.
 #pragma once
 
 #include <grpcpp/grpcpp.h>
@@ -49,7 +49,7 @@ class CallSink {
   virtual void OnStarted(StartedEvent event) = 0;
   virtual void OnDelta(DeltaEvent event) = 0;
   virtual void OnFinished(FinishedEvent event) = 0;
-  virtual void OnDone() = 0;
+  virtual void OnComplete() = 0;
   virtual void OnFailed(const grpc::Status& status) = 0;
 
   // Cuts the call off, and returns true, if a write has been in flight since before `limit`.

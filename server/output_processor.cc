@@ -334,7 +334,7 @@ void OutputProcessor::CloseCall(const CallPtr& call) {
   observations_.e2e_latency.push_back(std::chrono::duration<double>(now_() - call->spec.arrival).count());
   observations_.prompt_tokens.push_back(call->spec.num_prompt_tokens);
   Remove(call);
-  if (!call->failed) call->sink->OnDone();
+  if (!call->failed) call->sink->OnComplete();
 }
 
 void OutputProcessor::FailAll() {

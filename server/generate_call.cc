@@ -149,7 +149,8 @@ bool GenerateCall::CutOffIfStalled(scheduler::TimePoint limit) {
     if (!writing_ || gone_ || cut_off_ || write_started_ > limit) return false;
     cut_off_ = true;
     if (!finished_) {
-      end_ = ToGrpcStatus(ReasonError(absl::StatusCode::kCancelled, reason::kWriteStalled, "the client stopped reading"));
+      end_ =
+          ToGrpcStatus(ReasonError(absl::StatusCode::kCancelled, reason::kWriteStalled, "the client stopped reading"));
     }
     scope_.context()->TryCancel();
   }

@@ -222,7 +222,11 @@ void OutputProcessor::HandleToken(TokenEvent& event, TimePoint time) {
   delta.index = event.index;
   delta.token = std::move(event.output);
   EmitText(*call, sequence, std::move(delta), text);
-  if (sequence.stop_sequence.has_value() && sequence.finish == nullptr) abort_(call->id, event.index);
+  if (!sequence.stop_sequence.has_value() || sequence.finish != nullptr) return;
+  const bool all_stopped = std::all_of(call->sequences.begin(), call->sequences.end(), [](const SequenceState& other) {
+    return other.finished || other.stop_sequence.has_value();
+  });
+  abort_(call->id, all_stopped ? -1 : event.index);
 }
 
 // Sends `text` as far as it is certain, together with what `delta` already holds.

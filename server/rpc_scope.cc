@@ -26,7 +26,8 @@ uint64_t Mix(uint64_t x) {
 }
 
 bool IsEchoable(const std::string& id) {
-  return !id.empty() && id.size() <= 128 && std::all_of(id.begin(), id.end(), [](char c) { return c >= 32 && c < 127; });
+  return !id.empty() && id.size() <= 128 &&
+         std::all_of(id.begin(), id.end(), [](char c) { return c >= 32 && c < 127; });
 }
 
 }  // namespace

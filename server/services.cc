@@ -133,10 +133,11 @@ grpc::ServerUnaryReactor* AdminService::CancelRequests(grpc::CallbackServerConte
                                                        const v1::CancelRequestsRequest* request,
                                                        v1::CancelRequestsResponse* response) {
   if (request->request_ids_size() > limits::kMaxCancelIds) {
-    return Reply(server_, context, "CancelRequests",
-                 FieldError("request_ids", absl::StrCat(request->request_ids_size(), " names, at most ", limits::kMaxCancelIds),
-                            {{"actual", absl::StrCat(request->request_ids_size())},
-                             {"limit", absl::StrCat(limits::kMaxCancelIds)}}));
+    return Reply(
+        server_, context, "CancelRequests",
+        FieldError(
+            "request_ids", absl::StrCat(request->request_ids_size(), " names, at most ", limits::kMaxCancelIds),
+            {{"actual", absl::StrCat(request->request_ids_size())}, {"limit", absl::StrCat(limits::kMaxCancelIds)}}));
   }
   uint32_t cancelled = 0;
   for (const std::string& request_id : request->request_ids()) cancelled += server_->output->CancelByName(request_id);

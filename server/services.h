@@ -13,8 +13,8 @@ class GenerationService final : public v1::GenerationService::CallbackService {
  public:
   explicit GenerationService(ServerContext* server) : server_(server) {}
 
-  grpc::ServerWriteReactor<v1::GenerateStreamResponse>* GenerateStream(grpc::CallbackServerContext* context,
-                                                                       const v1::GenerateStreamRequest* request) override;
+  grpc::ServerWriteReactor<v1::GenerateStreamResponse>* GenerateStream(
+      grpc::CallbackServerContext* context, const v1::GenerateStreamRequest* request) override;
   grpc::ServerUnaryReactor* Generate(grpc::CallbackServerContext* context, const v1::GenerateRequest* request,
                                      v1::GenerateResponse* response) override;
   grpc::ServerUnaryReactor* Score(grpc::CallbackServerContext* context, const v1::ScoreRequest* request,

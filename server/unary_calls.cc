@@ -57,8 +57,7 @@ GenerateUnaryCall::GenerateUnaryCall(ServerContext* server, grpc::CallbackServer
     : UnaryEngineCall(server, context, "Generate"), response_(response) {}
 
 grpc::ServerUnaryReactor* GenerateUnaryCall::Start(ServerContext* server, grpc::CallbackServerContext* context,
-                                                   const v1::GenerateRequest& request,
-                                                   v1::GenerateResponse* response) {
+                                                   const v1::GenerateRequest& request, v1::GenerateResponse* response) {
   auto call = std::make_shared<GenerateUnaryCall>(server, context, response);
   const RpcScope scope(server, context, "Generate");
   call->Run(BuildGenerate(request.task(), server->model, scope.ReadCallContext()), call);

@@ -128,7 +128,7 @@ TEST_F(RequestBuilderTest, EveryIntegerIsCheckedAtBothEnds) {
 
 TEST_F(RequestBuilderTest, CountsAndBytesAreBounded) {
   const v1::GenerationTask plain = task_;
-  for (int i = 0; i < 17; ++i) task_.mutable_stopping()->add_stop_sequences("x");
+  for (int i = 0; i < 17; ++i) task_.mutable_stopping()->add_stop_sequences(std::string(1, 'x'));
   ExpectRefused("stopping.stop_sequences");
   for (const size_t size : {0, 257}) {
     task_ = plain;

@@ -15,7 +15,8 @@
 
 namespace minitron::scheduler {
 
-// Receives each step's output. Called on the engine thread; may block, which then holds up the engine.
+// Receives each step's output. Called on the engine thread, with no lock held; may block, which then holds up the
+// engine. May call Submit and Abort, not Stop or WaitIdle.
 class StepSink {
  public:
   virtual ~StepSink() = default;
@@ -24,17 +25,24 @@ class StepSink {
 
 struct EngineCoreOptions {
   SchedulerOptions scheduler;
-  int max_queued_requests = 256;  // sequences not yet running, inbox and waiting queue together
+  int max_queued_requests = 256;  // [1, 1048576]; sequences not yet running, inbox and waiting queue together
+
+  // Error: INVALID_ARGUMENT naming the field, its value and its range.
+  absl::Status Validate() const;
 };
 
 // Owns the Scheduler; borrows the runner and the sink. Submit, Abort and the getters may be called from any thread.
 // A test or the simulator calls Step() itself instead of Start().
+// Everything that threads share is in the Inbox, behind its one lock, or atomic; the rest is the engine thread's.
 class EngineCore {
  public:
-  // `now` is the clock; runner and sink must outlive this object.
+  // `now` is the clock; runner and sink must outlive this object. CHECKs that options are valid.
   EngineCore(const EngineCoreOptions& options, engine::ModelRunner* runner, StepSink* sink,
              std::function<TimePoint()> now);
   ~EngineCore();  // stops the thread; live requests get no further events
+
+  EngineCore(const EngineCore&) = delete;
+  EngineCore& operator=(const EngineCore&) = delete;
 
   // Whether a request of this size can ever run. Pure; any thread.
   // Error: INVALID_ARGUMENT with the arithmetic (tokens, blocks needed, blocks there are).
@@ -43,10 +51,14 @@ class EngineCore {
   // Hands a request over. After OK exactly one FinishEvent per sequence will come, unless the engine fails or stops.
   // Errors: UNAVAILABLE (queue full, with depth and limit; or draining), INVALID_ARGUMENT (CheckFits),
   // INTERNAL (the engine has failed).
+  // UNAVAILABLE carries the payload kReasonTypeUrl ("minitron/reason"): kReasonQueueFull ("QUEUE_FULL") or
+  // kReasonDraining ("DRAINING"); after Stop it is kReasonDraining too.
   absl::Status Submit(Request request);
 
-  // Ends a request at the next step with kCancelled. Unknown or finished ids are ignored. Never blocks on a step.
+  // Ends a request, or one of its sequences, at the next step with kCancelled. Unknown or finished ids are ignored.
+  // Never blocks on a step. No TokenEvent of the sequence follows the step that is running now.
   void Abort(RequestId id);
+  void AbortSequence(RequestId id, int index);
 
   // Starts the engine thread. Call once.
   void Start();
@@ -54,10 +66,11 @@ class EngineCore {
   // Refuses new requests from now on; live ones go on.
   void BeginDrain();
 
-  // Waits until no request is live or `deadline` passes. Returns whether it is idle. Call after BeginDrain.
+  // Waits until no request is live and all their events are delivered, or `deadline` (on the real steady clock) passes.
+  // Returns whether it is idle. Call after BeginDrain. A failed engine is idle: its requests are lost.
   bool WaitIdle(TimePoint deadline);
 
-  // Ends the thread after the current step.
+  // Ends the thread after the current step. Idempotent; one thread at a time, not the engine's.
   void Stop();
 
   // Runs one step if there is work; returns whether there was. Engine thread (or a test) only.
@@ -67,6 +80,30 @@ class EngineCore {
   uint64_t num_steps() const;  // advances with every step: the heartbeat
   bool idle() const;           // no live request
   bool failed() const;         // the runner failed; nothing will run again
+
+  const Scheduler& scheduler() const { return scheduler_; }  // engine thread (or a test) only
+
+ private:
+  void RunLoop();
+  void DrainInbox();
+  absl::StatusOr<engine::StepResult> RunBatch();
+  void PublishFailure(const absl::Status& status);
+
+  const EngineCoreOptions options_;
+  const RunnerLimits limits_;
+  engine::ModelRunner* const runner_;  // owned by the caller of the constructor
+  StepSink* const sink_;               // likewise
+  const std::function<TimePoint()> now_;
+
+  Inbox inbox_;
+  std::atomic<uint64_t> num_steps_{0};
+
+  // Engine thread. Plan and batch are members because a failed runner may still hold on to them.
+  Scheduler scheduler_;
+  SchedulerOutput plan_;
+  engine::Batch batch_;
+
+  std::thread thread_;
 };
 
 }  // namespace minitron::scheduler

@@ -1,0 +1,13 @@
+// BuildBatch: the plan of a step as the arrays the runner takes. A pure function.
+#pragma once
+
+#include "engine/batch.h"
+#include "scheduler/scheduler.h"
+
+namespace minitron::scheduler {
+
+// The batch borrows params and banned tokens from the plan's sequences: keep the plan until Collect.
+// Result rows are in the order Scheduler::Update expects them.
+engine::Batch BuildBatch(const SchedulerOutput& plan);
+
+}  // namespace minitron::scheduler

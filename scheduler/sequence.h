@@ -1,0 +1,110 @@
+// Sequence: one completion of a request. The request is shared by its n sequences; tokens, block table and progress are
+// this sequence's own.
+// Engine thread only; not synchronized. Plans in flight share ownership, because a batch borrows params from it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "engine/batch.h"
+#include "scheduler/request.h"
+#include "scheduler/step_output.h"
+
+namespace minitron::scheduler {
+
+using engine::BlockId;
+using BlockTable = std::vector<BlockId>;  // block i holds positions [i*block_size, (i+1)*block_size)
+
+enum class SequenceState {
+  kWaiting,   // owns no blocks: new, waiting for its leader, or preempted
+  kRunning,   // owns the blocks of all its tokens
+  kFinished,  // owns nothing; its FinishEvent is made
+};
+
+class Sequence {
+ public:
+  // `order` is the request's place in the order of arrival.
+  Sequence(std::shared_ptr<const Request> request, int index, uint64_t order);
+
+  Sequence(const Sequence&) = delete;
+  Sequence& operator=(const Sequence&) = delete;
+
+  // Fixed.
+  const Request& request() const { return *request_; }
+  RequestId id() const { return request_->id; }
+  int index() const { return index_; }
+  bool is_leader() const { return index_ == 0; }
+  uint64_t order() const { return order_; }
+  const SamplingParams& params() const { return params_; }                      // with this sequence's own seed
+  const std::vector<TokenId>& banned_tokens() const { return banned_tokens_; }  // before min_tokens
+  int num_prompt_tokens() const { return static_cast<int>(request_->prompt_token_ids.size()); }
+  bool wants_prompt_logprobs() const { return is_leader() && request_->num_prompt_top_logprobs >= 0; }
+
+  // Tokens: prompt, then output.
+  const std::vector<TokenId>& tokens() const { return tokens_; }
+  int num_tokens() const { return static_cast<int>(tokens_.size()); }
+  int num_output_tokens() const { return num_tokens() - num_prompt_tokens(); }
+  std::vector<TokenId> OutputTokens() const;
+
+  // Progress. Tokens [0, num_computed_tokens) are in the KV cache; the rest is wanted.
+  SequenceState state() const { return state_; }
+  int num_computed_tokens() const { return num_computed_tokens_; }
+  int num_wanted_tokens() const { return num_tokens() - num_computed_tokens_; }
+  bool is_decoding() const { return num_output_tokens() > 0 && num_wanted_tokens() == 1; }
+  int num_cached_tokens() const { return num_cached_tokens_; }  // not computed at its first start: shared
+  int num_preemptions() const { return num_preemptions_; }
+  bool ever_scheduled() const { return ever_scheduled_; }
+  bool abort_requested() const { return abort_requested_; }
+  int history_slot() const { return history_slot_; }                // or engine::kNone
+  bool history_reset_due() const { return history_reset_due_; }     // in its next step
+  int next_prompt_logprob() const { return next_prompt_logprob_; }  // first prompt position not reported yet
+  bool prompt_logprobs_pending() const { return wants_prompt_logprobs() && next_prompt_logprob_ < num_prompt_tokens(); }
+
+  const BlockTable& block_table() const { return block_table_; }
+  BlockTable& mutable_block_table() { return block_table_; }  // for KvCacheManager
+
+  // Transitions; each CHECKs that it is legal in the current state.
+  void Start(int num_cached_tokens, int history_slot, TimePoint now);  // waiting -> running
+  void Preempt();                                                      // running -> waiting; its blocks are released
+  void Finish();                                                       // any -> finished; its blocks are released
+  void RequestAbort() { abort_requested_ = true; }
+
+  // Results of a step, in this order.
+  void AdvanceComputed(int num_tokens);
+  void AdvancePromptLogprobs(int num_positions) { next_prompt_logprob_ += num_positions; }
+  void AppendOutput(TokenId token, TimePoint now);
+
+  FinishEvent MakeFinishEvent(FinishReason reason, TokenId stop_token) const;
+
+ private:
+  const std::shared_ptr<const Request> request_;
+  const int index_;
+  const uint64_t order_;
+  SamplingParams params_;
+  std::vector<TokenId> banned_tokens_;
+  std::vector<TokenId> tokens_;
+  BlockTable block_table_;
+  SequenceState state_ = SequenceState::kWaiting;
+  int num_computed_tokens_ = 0;
+  int num_cached_tokens_ = 0;
+  int num_preemptions_ = 0;
+  int next_prompt_logprob_ = 0;
+  int history_slot_ = engine::kNone;
+  bool history_reset_due_ = false;
+  bool ever_scheduled_ = false;
+  bool abort_requested_ = false;
+  TimePoint first_scheduled_;
+  TimePoint first_token_;
+  TimePoint last_token_;
+};
+
+// Whether `a` is served before `b`: priority, then preempted ones (they hold a promise already), then arrival, index.
+struct ServedBefore {
+  bool operator()(const Sequence& a, const Sequence& b) const;
+  bool operator()(const std::shared_ptr<Sequence>& a, const std::shared_ptr<Sequence>& b) const {
+    return (*this)(*a, *b);
+  }
+};
+
+}  // namespace minitron::scheduler

@@ -2,6 +2,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <fstream>
 #include <memory>
 #include <string>
@@ -63,21 +64,30 @@ int64_t MemoryInfoBytes(const std::string& key) {
   return 0;
 }
 
+// Memory this process may still take: what is available, and no more than its container's limit.
+int64_t AvailableMemoryBytes() {
+  int64_t available = MemoryInfoBytes("MemAvailable");
+  if (available == 0) available = INT64_MAX;
+  std::ifstream file("/sys/fs/cgroup/memory.max");  // "max" when there is no limit
+  int64_t limit = 0;
+  if (file >> limit && limit > 0) available = std::min(available, limit);
+  return available;
+}
+
 // Blocks the KV cache gets. An explicit size is taken as it is; else every sequence gets its full context, unless that
 // exceeds a quarter of the free memory, but never less than one full context.
 absl::StatusOr<int> SizeKvCache(const EngineOptions& options, int max_context_tokens, int64_t bytes_per_token) {
   const int64_t block_bytes = bytes_per_token * options.block_size;
   const int64_t context_blocks = (max_context_tokens + options.block_size - 1) / options.block_size;
   const int64_t context_bytes = context_blocks * block_bytes;
-  const int64_t available = MemoryInfoBytes("MemAvailable");
+  const int64_t available = AvailableMemoryBytes();
   int64_t bytes = options.kv_cache_bytes;
-  if (bytes == 0) {
-    bytes = std::min(context_bytes * options.max_num_sequences, std::max(context_bytes, available / 4));
-    if (available > 0 && bytes > available) {
-      return absl::ResourceExhaustedError(absl::StrCat(
-          "KV cache: one context of ", max_context_tokens, " tokens * ", bytes_per_token, " bytes = ", context_bytes,
-          " bytes, ", available, " bytes of memory available; lower max_context_tokens or set kv_cache_bytes"));
-    }
+  if (bytes == 0) bytes = std::min(context_bytes * options.max_num_sequences, std::max(context_bytes, available / 4));
+  if (bytes > available) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "KV cache of ", bytes, " bytes, but ", available, " bytes of memory are available (one context of ",
+        max_context_tokens, " tokens * ", bytes_per_token, " bytes = ", context_bytes,
+        " bytes); lower kv_cache_bytes or max_context_tokens"));
   }
   const int64_t num_blocks = bytes / block_bytes;
   if (num_blocks < 2) {

@@ -26,7 +26,7 @@ struct ServerOptions {
   int block_size = 16;
   int max_num_sequences = 64;
   int max_step_tokens = 512;
-  int max_prefill_chunk = 0;  // 0: max_step_tokens
+  int max_prefill_chunk = 256;
   int max_context_tokens = 0;
   int max_queued_requests = 256;
   int default_max_tokens = 256;

@@ -1,95 +1,33 @@
 // The restricted unpickler behind ParseTorchPickle. Opcodes: Python's Lib/pickletools.py, protocol 2.
 #include <algorithm>
-#include <cstring>
 #include <iterator>
 #include <optional>
-#include <unordered_map>
+#include <string_view>
+#include <unordered_set>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "engine/base/status_macros.h"
 #include "engine/checkpoint/checked_math.h"
+#include "engine/checkpoint/pickle_machine.h"
 #include "engine/checkpoint/torch_pickle.h"
 
 namespace minitron::engine {
 namespace {
 
-// Bounds, far above what a checkpoint of kMaxTensors needs (about 20 values a tensor) and small against memory.
-constexpr int64_t kMaxPickleBytes = 64 << 20;
-constexpr size_t kMaxValues = 2'000'000;
-constexpr size_t kMaxStack = 100'000;
-constexpr size_t kMaxMarks = 64;
-constexpr uint64_t kMaxStringBytes = kMaxTensorNameBytes;
-constexpr uint8_t kProtocol = 2;
+using pickle::Kind;
+using pickle::KindName;
+using pickle::Value;
+using pickle::ValueId;
 
-enum class Kind {
-  kNone,
-  kBool,
-  kInt,
-  kFloat,
-  kString,
-  kTuple,
-  kList,
-  kDict,
-  kOrderedDictClass,
-  kRebuildTensor,
-  kStorageClass,
-  kStorage,
-  kTensor
-};
-
-const char* KindName(Kind kind) {
-  constexpr const char* kNames[] = {"None", "bool",  "int",      "float", "string",  "tuple", "list",
-                                    "dict", "class", "function", "class", "storage", "tensor"};
-  return kNames[static_cast<int>(kind)];
-}
-
-// Values refer to each other by index into the unpickler's arena: nothing is freed before the end, so cycles made
-// through the memo cost nothing and no destructor recurses.
-using ValueId = uint32_t;
-
-struct Value {
-  Kind kind = Kind::kNone;
-  DType dtype = DType::kBf16;       // kStorageClass, kStorage
-  int64_t integer = 0;              // kBool, kInt; kStorage: elements; kTensor: index into tensors
-  std::string string = {};          // kString; kStorage: key
-  std::vector<ValueId> items = {};  // kTuple, kList; kDict: key, value, key, value ...
-};
-
-class Unpickler {
+class Unpickler : private pickle::PickleMachine {
  public:
-  Unpickler(const uint8_t* data, int64_t size) : data_(data), size_(static_cast<uint64_t>(size)) {}
+  Unpickler(const uint8_t* data, int64_t size) : PickleMachine(data, size) {}
 
   absl::StatusOr<std::vector<PickledTensor>> Run();
 
  private:
-  absl::Status Bad(const std::string& what) const {
-    return absl::InvalidArgumentError(absl::StrCat("data.pkl, byte ", at_, ": ", what));
-  }
-
-  // Input.
-  template <typename T>
-  absl::StatusOr<T> Read() {
-    if (!InRange(at_, sizeof(T), size_)) return Bad("truncated");
-    T value;
-    std::memcpy(&value, data_ + at_, sizeof(T));
-    at_ += sizeof(T);
-    return value;
-  }
-  absl::StatusOr<std::string> ReadBytes(uint64_t count);
-  absl::StatusOr<std::string> ReadLine();
-
-  // Stack and memo.
-  absl::Status Push(ValueId id);
-  absl::Status PushNew(Value value);
-  absl::Status PushInt(int64_t integer) { return PushNew({.kind = Kind::kInt, .integer = integer}); }
-  absl::StatusOr<ValueId> Pop();
-  absl::StatusOr<std::vector<ValueId>> PopToMark();
-  absl::StatusOr<ValueId> Top();
-  absl::Status Put(uint32_t slot);
-  absl::Status Get(uint32_t slot);
-
   // Opcodes.
   absl::Status Step(uint8_t opcode);
   absl::Status Constant(uint8_t opcode);
@@ -108,78 +46,8 @@ class Unpickler {
   absl::StatusOr<std::vector<int64_t>> Sizes(ValueId id) const;
   absl::StatusOr<std::vector<PickledTensor>> NamedTensors(ValueId root) const;
 
-  const uint8_t* const data_;  // the caller's
-  const uint64_t size_;
-  uint64_t at_ = 0;
-  std::vector<Value> values_;
-  std::vector<ValueId> stack_;
-  std::vector<size_t> marks_;  // stack heights
-  std::unordered_map<uint32_t, ValueId> memo_;
   std::vector<PickledTensor> tensors_;
 };
-
-absl::StatusOr<std::string> Unpickler::ReadBytes(uint64_t count) {
-  if (count > kMaxStringBytes) return Bad(absl::StrCat("string of ", count, " bytes, limit ", kMaxStringBytes));
-  if (!InRange(at_, count, size_)) return Bad("truncated");
-  std::string bytes(reinterpret_cast<const char*>(data_) + at_, count);
-  at_ += count;
-  return bytes;
-}
-
-absl::StatusOr<std::string> Unpickler::ReadLine() {
-  const uint64_t limit = std::min<uint64_t>(size_ - at_, kMaxStringBytes);
-  const void* newline = limit == 0 ? nullptr : std::memchr(data_ + at_, '\n', limit);
-  if (newline == nullptr) return Bad("global without an end of line");
-  const uint64_t count = static_cast<const uint8_t*>(newline) - (data_ + at_);
-  std::string line(reinterpret_cast<const char*>(data_) + at_, count);
-  at_ += count + 1;
-  return line;
-}
-
-absl::Status Unpickler::Push(ValueId id) {
-  if (stack_.size() >= kMaxStack) return Bad(absl::StrCat("stack over ", kMaxStack));
-  stack_.push_back(id);
-  return absl::OkStatus();
-}
-
-absl::Status Unpickler::PushNew(Value value) {
-  if (values_.size() >= kMaxValues) return Bad(absl::StrCat("over ", kMaxValues, " values"));
-  values_.push_back(std::move(value));
-  return Push(static_cast<ValueId>(values_.size() - 1));
-}
-
-absl::StatusOr<ValueId> Unpickler::Top() {
-  const size_t floor = marks_.empty() ? 0 : marks_.back();
-  if (stack_.size() <= floor) return Bad("stack is empty");
-  return stack_.back();
-}
-
-absl::StatusOr<ValueId> Unpickler::Pop() {
-  ASSIGN_OR_RETURN(const ValueId id, Top());
-  stack_.pop_back();
-  return id;
-}
-
-absl::StatusOr<std::vector<ValueId>> Unpickler::PopToMark() {
-  if (marks_.empty()) return Bad("no mark on the stack");
-  std::vector<ValueId> items(stack_.begin() + static_cast<int64_t>(marks_.back()), stack_.end());
-  stack_.resize(marks_.back());
-  marks_.pop_back();
-  return items;
-}
-
-absl::Status Unpickler::Put(uint32_t slot) {
-  ASSIGN_OR_RETURN(const ValueId id, Top());
-  if (memo_.size() >= kMaxValues) return Bad(absl::StrCat("memo over ", kMaxValues));
-  memo_[slot] = id;
-  return absl::OkStatus();
-}
-
-absl::Status Unpickler::Get(uint32_t slot) {
-  const auto found = memo_.find(slot);
-  if (found == memo_.end()) return Bad(absl::StrCat("memo slot ", slot, " is empty"));
-  return Push(found->second);
-}
 
 absl::Status Unpickler::PushString() {
   ASSIGN_OR_RETURN(const uint32_t count, Read<uint32_t>());
@@ -209,17 +77,17 @@ absl::Status Unpickler::SmallTuple(int count) {
 
 absl::Status Unpickler::Append(std::vector<ValueId> items) {
   ASSIGN_OR_RETURN(const ValueId list, Top());
-  if (values_[list].kind != Kind::kList) return Bad(absl::StrCat("append to a ", KindName(values_[list].kind)));
-  std::vector<ValueId>& target = values_[list].items;
+  if (value(list).kind != Kind::kList) return Bad(absl::StrCat("append to a ", KindName(value(list).kind)));
+  std::vector<ValueId>& target = value(list).items;
   target.insert(target.end(), items.begin(), items.end());
   return absl::OkStatus();
 }
 
 absl::Status Unpickler::SetItems(std::vector<ValueId> items) {
   ASSIGN_OR_RETURN(const ValueId dict, Top());
-  if (values_[dict].kind != Kind::kDict) return Bad(absl::StrCat("items set on a ", KindName(values_[dict].kind)));
+  if (value(dict).kind != Kind::kDict) return Bad(absl::StrCat("items set on a ", KindName(value(dict).kind)));
   if (items.size() % 2 != 0) return Bad("a dict key without a value");
-  std::vector<ValueId>& target = values_[dict].items;
+  std::vector<ValueId>& target = value(dict).items;
   target.insert(target.end(), items.begin(), items.end());
   return absl::OkStatus();
 }
@@ -241,44 +109,47 @@ absl::Status Unpickler::Global() {
 // ('storage', storage class, key, device, elements)
 absl::Status Unpickler::PersistentId() {
   ASSIGN_OR_RETURN(const ValueId id, Pop());
-  const Value& tuple = values_[id];
+  const Value& tuple = value(id);
   constexpr Kind kKinds[] = {Kind::kString, Kind::kStorageClass, Kind::kString, Kind::kString, Kind::kInt};
   bool matches = tuple.kind == Kind::kTuple && tuple.items.size() == std::size(kKinds);
-  for (size_t i = 0; matches && i < std::size(kKinds); ++i) matches = values_[tuple.items[i]].kind == kKinds[i];
-  if (!matches || values_[tuple.items[0]].string != "storage") return Bad("persistent id is not a storage");
-  const int64_t elements = values_[tuple.items[4]].integer;
+  for (size_t i = 0; matches && i < std::size(kKinds); ++i) matches = value(tuple.items[i]).kind == kKinds[i];
+  if (!matches || value(tuple.items[0]).string != "storage") return Bad("persistent id is not a storage");
+  const int64_t elements = value(tuple.items[4]).integer;
   if (elements < 0) return Bad(absl::StrCat("storage of ", elements, " elements"));
-  const std::string key = values_[tuple.items[2]].string;
-  const DType dtype = values_[tuple.items[1]].dtype;
+  const std::string key = value(tuple.items[2]).string;
+  if (key.size() > pickle::kMaxStorageKeyBytes) {
+    return Bad(absl::StrCat("storage key of ", key.size(), " bytes, limit ", pickle::kMaxStorageKeyBytes));
+  }
+  const DType dtype = value(tuple.items[1]).dtype;
   return PushNew({.kind = Kind::kStorage, .dtype = dtype, .integer = elements, .string = key});
 }
 
 absl::Status Unpickler::Reduce() {
   ASSIGN_OR_RETURN(const ValueId arguments, Pop());
   ASSIGN_OR_RETURN(const ValueId callee, Pop());
-  if (values_[arguments].kind != Kind::kTuple) return Bad("call without an argument tuple");
-  switch (values_[callee].kind) {
+  if (value(arguments).kind != Kind::kTuple) return Bad("call without an argument tuple");
+  switch (value(callee).kind) {
     case Kind::kOrderedDictClass:
-      if (!values_[arguments].items.empty()) return Bad("OrderedDict called with arguments");
+      if (!value(arguments).items.empty()) return Bad("OrderedDict called with arguments");
       return PushNew({.kind = Kind::kDict});
     case Kind::kRebuildTensor:
-      return RebuildTensor(values_[arguments]);
+      return RebuildTensor(value(arguments));
     default:
-      return Bad(absl::StrCat("call of a ", KindName(values_[callee].kind)));
+      return Bad(absl::StrCat("call of a ", KindName(value(callee).kind)));
   }
 }
 
 absl::StatusOr<std::vector<int64_t>> Unpickler::Sizes(ValueId id) const {
-  const Value& tuple = values_[id];
+  const Value& tuple = value(id);
   if (tuple.kind != Kind::kTuple || static_cast<int64_t>(tuple.items.size()) > kMaxRank) {
     return Bad(absl::StrCat("tensor size or stride is not a tuple of up to ", kMaxRank));
   }
   std::vector<int64_t> sizes;
   for (const ValueId item : tuple.items) {
-    if (values_[item].kind != Kind::kInt || values_[item].integer < 0) {
+    if (value(item).kind != Kind::kInt || value(item).integer < 0) {
       return Bad("tensor size or stride is not a non-negative integer");
     }
-    sizes.push_back(values_[item].integer);
+    sizes.push_back(value(item).integer);
   }
   return sizes;
 }
@@ -297,8 +168,8 @@ bool IsContiguous(const std::vector<int64_t>& shape, const std::vector<int64_t>&
 // (storage, offset, size, stride, requires_grad, backward_hooks): the last two mean nothing for inference.
 absl::Status Unpickler::RebuildTensor(const Value& arguments) {
   if (arguments.items.size() != 6) return Bad(absl::StrCat("tensor of ", arguments.items.size(), " arguments, not 6"));
-  const Value& storage = values_[arguments.items[0]];
-  const Value& offset = values_[arguments.items[1]];
+  const Value& storage = value(arguments.items[0]);
+  const Value& offset = value(arguments.items[1]);
   if (storage.kind != Kind::kStorage) return Bad("tensor without a storage");
   if (offset.kind != Kind::kInt || offset.integer < 0) return Bad("tensor offset is not a non-negative integer");
   ASSIGN_OR_RETURN(std::vector<int64_t> shape, Sizes(arguments.items[2]));
@@ -320,8 +191,8 @@ absl::Status Unpickler::RebuildTensor(const Value& arguments) {
 absl::Status Unpickler::Build() {
   ASSIGN_OR_RETURN(const ValueId state, Pop());
   ASSIGN_OR_RETURN(const ValueId object, Top());
-  if (values_[state].kind != Kind::kDict || values_[object].kind != Kind::kDict) {
-    return Bad(absl::StrCat("attributes set on a ", KindName(values_[object].kind)));
+  if (value(state).kind != Kind::kDict || value(object).kind != Kind::kDict) {
+    return Bad(absl::StrCat("attributes set on a ", KindName(value(object).kind)));
   }
   return absl::OkStatus();
 }
@@ -361,9 +232,7 @@ absl::Status Unpickler::Constant(uint8_t opcode) {
 absl::Status Unpickler::Step(uint8_t opcode) {
   switch (opcode) {
     case '(':  // MARK
-      if (marks_.size() >= kMaxMarks) return Bad(absl::StrCat("nested deeper than ", kMaxMarks));
-      marks_.push_back(stack_.size());
-      return absl::OkStatus();
+      return Mark();
     case ')':
       return Tuple({});
     case 0x85:  // TUPLE1
@@ -419,39 +288,42 @@ absl::Status Unpickler::Step(uint8_t opcode) {
 }
 
 absl::StatusOr<std::vector<PickledTensor>> Unpickler::NamedTensors(ValueId root) const {
-  const Value& dict = values_[root];
+  const Value& dict = value(root);
   if (dict.kind != Kind::kDict) return Bad(absl::StrCat("holds a ", KindName(dict.kind), ", not a state dict"));
   if (static_cast<int64_t>(dict.items.size() / 2) > kMaxTensors)
     return Bad(absl::StrCat("over ", kMaxTensors, " tensors"));
   std::vector<PickledTensor> named;
-  named.reserve(dict.items.size() / 2);
+  std::unordered_set<std::string_view> names;  // so that one long string cannot name many tensors
   for (size_t i = 0; i < dict.items.size(); i += 2) {
-    const Value& key = values_[dict.items[i]];
-    const Value& value = values_[dict.items[i + 1]];
-    if (key.kind != Kind::kString || !IsTensorName(key.string))
+    const Value& key = value(dict.items[i]);
+    const Value& item = value(dict.items[i + 1]);
+    if (key.kind != Kind::kString || !IsTensorName(key.string)) {
       return Bad("a key of the state dict is not a tensor name");
-    if (value.kind != Kind::kTensor) {
-      return Bad(absl::StrCat("\"", key.string, "\" is a ", KindName(value.kind), ", not a tensor"));
     }
-    named.push_back(tensors_[value.integer]);
+    if (item.kind != Kind::kTensor) {
+      return Bad(absl::StrCat("\"", key.string, "\" is a ", KindName(item.kind), ", not a tensor"));
+    }
+    if (!names.insert(key.string).second) return Bad(absl::StrCat("tensor \"", key.string, "\" is there twice"));
+    named.push_back(tensors_[item.integer]);
     named.back().name = key.string;
   }
   return named;
 }
 
 absl::StatusOr<std::vector<PickledTensor>> Unpickler::Run() {
-  if (size_ > static_cast<uint64_t>(kMaxPickleBytes))
-    return Bad(absl::StrCat(size_, " bytes, limit ", kMaxPickleBytes));
+  if (size() > static_cast<uint64_t>(pickle::kMaxPickleBytes))
+    return Bad(absl::StrCat(size(), " bytes, limit ", pickle::kMaxPickleBytes));
   ASSIGN_OR_RETURN(const uint16_t start, Read<uint16_t>());
-  if (start != (uint16_t{kProtocol} << 8 | 0x80)) return Bad("not a pickle of protocol 2");
+  if (start != (uint16_t{pickle::kProtocol} << 8 | 0x80)) return Bad("not a pickle of protocol 2");
   while (true) {
     ASSIGN_OR_RETURN(const uint8_t opcode, Read<uint8_t>());
     if (opcode == '.') break;
     RETURN_IF_ERROR(Step(opcode));
   }
-  if (at_ != size_) return Bad("bytes after the end of the pickle");
-  if (!marks_.empty() || stack_.size() != 1) return Bad("does not end with one value");
-  return NamedTensors(stack_[0]);
+  if (at() != size()) return Bad("bytes after the end of the pickle");
+  if (!EndsWithOneValue()) return Bad("does not end with one value");
+  ASSIGN_OR_RETURN(const ValueId root, Top());
+  return NamedTensors(root);
 }
 
 }  // namespace

@@ -74,9 +74,12 @@ HWY_INLINE void ScoreHeads(Tag tag, const AttentionRow& row, int first_head) {
 // scores[0 .. count) become exp(score - max); returns their sum.
 template <class Tag>
 HWY_INLINE float ExpAndSum(Tag tag, float* scores, int64_t count) {
-  float maximum = scores[0];
-  for (int64_t i = 1; i < count; ++i) maximum = std::max(maximum, scores[i]);
   const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
+  auto maxima = hn::Set(tag, scores[0]);
+  int64_t full = 0;
+  for (; full + lanes <= count; full += lanes) maxima = hn::Max(maxima, hn::LoadU(tag, scores + full));
+  float maximum = hn::GetLane(hn::MaxOfLanes(tag, maxima));
+  for (; full < count; ++full) maximum = std::max(maximum, scores[full]);
   auto sums = hn::Zero(tag);
   for (int64_t i = 0; i < count; i += lanes) {
     const auto used = hn::FirstN(tag, static_cast<size_t>(std::min(lanes, count - i)));
@@ -88,25 +91,33 @@ HWY_INLINE float ExpAndSum(Tag tag, float* scores, int64_t count) {
   return hn::GetLane(hn::SumOfLanes(tag, sums));
 }
 
-// out[h, d .. d + lanes) = sum_key weights[h, key] * V[key, d ..] / sums[h].
-template <int kHeads, class Tag>
+// out[h, dims] = sum_key weights[h, key] * V[key, dims] / sums[h] for kVectors vectors of dims from `d`.
+template <int kHeads, int kVectors, class Tag>
 HWY_INLINE void ValueTile(Tag tag, const AttentionRow& row, int first_head, int64_t d, const float* sums) {
   const KvCacheShape& shape = row.cache->shape();
+  const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
   const float* weights = row.scores + first_head * row.score_stride;
-  hn::Vec<Tag> totals[kHeads];
-  for (int h = 0; h < kHeads; ++h) totals[h] = hn::Zero(tag);
+  hn::Vec<Tag> totals[kHeads][kVectors];
+  for (int h = 0; h < kHeads; ++h) {
+    for (int n = 0; n < kVectors; ++n) totals[h][n] = hn::Zero(tag);
+  }
   for (int64_t key = 0; key < row.num_keys;) {
     const float* values = row.cache->ValueBlock(row.layer, row.block_ids[key / shape.block_size], row.head) + d;
     const int64_t block_end = std::min<int64_t>(key + shape.block_size, row.num_keys);
     for (; key < block_end; ++key, values += shape.head_dim) {
-      const auto value = hn::LoadU(tag, values);
+      hn::Vec<Tag> value[kVectors];
+      for (int n = 0; n < kVectors; ++n) value[n] = hn::LoadU(tag, values + n * lanes);
       for (int h = 0; h < kHeads; ++h) {
-        totals[h] = hn::MulAdd(hn::Set(tag, weights[h * row.score_stride + key]), value, totals[h]);
+        const auto weight = hn::Set(tag, weights[h * row.score_stride + key]);
+        for (int n = 0; n < kVectors; ++n) totals[h][n] = hn::MulAdd(weight, value[n], totals[h][n]);
       }
     }
   }
   for (int h = 0; h < kHeads; ++h) {
-    hn::StoreU(hn::Div(totals[h], hn::Set(tag, sums[h])), tag, row.out + (first_head + h) * shape.head_dim + d);
+    float* out = row.out + (first_head + h) * shape.head_dim + d;
+    for (int n = 0; n < kVectors; ++n) {
+      hn::StoreU(hn::Div(totals[h][n], hn::Set(tag, sums[h])), tag, out + n * lanes);
+    }
   }
 }
 
@@ -119,14 +130,17 @@ HWY_INLINE void AttendHeads(Tag tag, const AttentionRow& row, int first_head) {
   for (int h = 0; h < kHeads; ++h) {
     sums[h] = ExpAndSum(tag, row.scores + (first_head + h) * row.score_stride, row.num_keys);
   }
+  // 6 heads x 2 vectors are 12 of AVX2's 16 registers and more than enough chains to hide the latency.
   int64_t d = 0;
-  for (; d + lanes <= head_dim; d += lanes) ValueTile<kHeads>(tag, row, first_head, d, sums);
-  for (; d < head_dim; ++d) ValueTile<kHeads>(hn::CappedTag<float, 1>(), row, first_head, d, sums);
+  for (; d + 2 * lanes <= head_dim; d += 2 * lanes) ValueTile<kHeads, 2>(tag, row, first_head, d, sums);
+  for (; d + lanes <= head_dim; d += lanes) ValueTile<kHeads, 1>(tag, row, first_head, d, sums);
+  for (; d < head_dim; ++d) ValueTile<kHeads, 1>(hn::CappedTag<float, 1>(), row, first_head, d, sums);
 }
 
 template <class Tag>
 HWY_INLINE void AttendGroup(Tag tag, const AttentionRow& row) {
   int head = 0;
+  for (; head + 6 <= row.group_size; head += 6) AttendHeads<6>(tag, row, head);  // the family's group size
   for (; head + 4 <= row.group_size; head += 4) AttendHeads<4>(tag, row, head);
   for (; head + 2 <= row.group_size; head += 2) AttendHeads<2>(tag, row, head);
   for (; head < row.group_size; ++head) AttendHeads<1>(tag, row, head);

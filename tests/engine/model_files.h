@@ -11,6 +11,7 @@
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/base/check.h"
@@ -63,36 +64,50 @@ inline std::string Safetensors(const std::string& header, const std::string& dat
 
 struct ZipFile {
   std::string name, content;
+  int64_t hole_bytes = 0;  // more content, of zeros, that no piece holds
 };
 
-// A zip of stored files. With `zip64`, sizes and offsets are in the extra fields, as torch.save writes them.
-inline std::string StoredZip(const std::vector<ZipFile>& files, bool zip64 = true, uint16_t method = 0) {
-  std::string zip, directory;
+// A zip of stored files as (offset, bytes) pieces in ascending order. With `zip64`, sizes and offsets are in the extra
+// fields and the zip64 end record, as torch.save writes large files.
+inline std::vector<std::pair<uint64_t, std::string>> StoredZipPieces(const std::vector<ZipFile>& files, bool zip64,
+                                                                     uint16_t method) {
+  std::vector<std::pair<uint64_t, std::string>> pieces;
+  std::string directory;
+  uint64_t at = 0;
+  const auto short_field = [zip64](uint64_t value) { return Raw<uint32_t>(zip64 ? 0xFFFFFFFF : value); };
   for (const ZipFile& file : files) {
-    const uint64_t header = zip.size(), bytes = file.content.size();
-    const std::string name_length = Raw<uint16_t>(file.name.size());
-    zip += Raw<uint32_t>(0x04034b50) + Raw<uint16_t>(0) + Raw<uint16_t>(8) + Raw<uint16_t>(method) +
-           std::string(8, '\0') + Raw<uint32_t>(bytes) + Raw<uint32_t>(bytes) + name_length + Raw<uint16_t>(4) +
-           file.name + "FB" + Raw<uint16_t>(0) + file.content;
-    const uint32_t in_extra = 0xFFFFFFFF;
+    const uint64_t header = at, bytes = file.content.size() + file.hole_bytes;
+    const std::string common = Raw<uint16_t>(8) + Raw<uint16_t>(method) + std::string(8, '\0') + short_field(bytes) +
+                               short_field(bytes) + Raw<uint16_t>(file.name.size());
     const std::string extra =
         zip64 ? Raw<uint16_t>(1) + Raw<uint16_t>(24) + Raw(bytes) + Raw(bytes) + Raw(header) : std::string();
-    directory += Raw<uint32_t>(0x02014b50) + Raw<uint32_t>(0) + Raw<uint16_t>(8) + Raw<uint16_t>(method) +
-                 std::string(8, '\0') + Raw<uint32_t>(zip64 ? in_extra : bytes) +
-                 Raw<uint32_t>(zip64 ? in_extra : bytes) + name_length + Raw<uint16_t>(extra.size()) +
-                 std::string(10, '\0') + Raw<uint32_t>(zip64 ? in_extra : header) + file.name + extra;
+    pieces.emplace_back(at, Raw<uint32_t>(0x04034b50) + Raw<uint16_t>(0) + common + Raw<uint16_t>(4) + file.name +
+                                "FB" + Raw<uint16_t>(0) + file.content);
+    directory += Raw<uint32_t>(0x02014b50) + Raw<uint32_t>(0) + common + Raw<uint16_t>(extra.size()) +
+                 std::string(10, '\0') + short_field(header) + file.name + extra;
+    at += pieces.back().second.size() + file.hole_bytes;
   }
-  const uint64_t begin = zip.size(), count = files.size(), bytes = directory.size();
-  zip += directory;
+  const uint64_t count = files.size(), bytes = directory.size(), end = at + bytes;
+  std::string tail = directory;
   if (zip64) {
-    const uint64_t end = zip.size();
-    zip += Raw<uint32_t>(0x06064b50) + Raw<uint64_t>(44) + Raw<uint32_t>(0) + Raw<uint64_t>(0) + Raw(count) +
-           Raw(count) + Raw(bytes) + Raw(begin);
-    zip += Raw<uint32_t>(0x07064b50) + Raw<uint32_t>(0) + Raw(end) + Raw<uint32_t>(1);
+    tail += Raw<uint32_t>(0x06064b50) + Raw<uint64_t>(44) + Raw<uint32_t>(0) + Raw<uint64_t>(0) + Raw(count) +
+            Raw(count) + Raw(bytes) + Raw(at);
+    tail += Raw<uint32_t>(0x07064b50) + Raw<uint32_t>(0) + Raw(end) + Raw<uint32_t>(1);
   }
-  return zip + Raw<uint32_t>(0x06054b50) + Raw<uint32_t>(0) + Raw<uint16_t>(zip64 ? 0xFFFF : count) +
-         Raw<uint16_t>(zip64 ? 0xFFFF : count) + Raw<uint32_t>(zip64 ? 0xFFFFFFFF : bytes) +
-         Raw<uint32_t>(zip64 ? 0xFFFFFFFF : begin) + Raw<uint16_t>(0);
+  tail += Raw<uint32_t>(0x06054b50) + Raw<uint32_t>(0) + Raw<uint16_t>(zip64 ? 0xFFFF : count) +
+          Raw<uint16_t>(zip64 ? 0xFFFF : count) + short_field(bytes) + short_field(at) + Raw<uint16_t>(0);
+  pieces.emplace_back(at, tail);
+  return pieces;
+}
+
+// The same as one string. Requires no holes.
+inline std::string StoredZip(const std::vector<ZipFile>& files, bool zip64 = true, uint16_t method = 0) {
+  std::string zip;
+  for (const auto& [offset, bytes] : StoredZipPieces(files, zip64, method)) {
+    CHECK(offset == zip.size());
+    zip += bytes;
+  }
+  return zip;
 }
 
 // Pieces of a protocol 2 pickle.

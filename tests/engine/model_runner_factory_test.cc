@@ -65,6 +65,12 @@ TEST(ModelRunnerFactoryTest, CacheOfOneBlockIsRefusedWithTheArithmetic) {
   ExpectError(options, absl::StatusCode::kResourceExhausted, "196607 bytes hold 1 blocks of 16 tokens * 6144 bytes");
 }
 
+TEST(ModelRunnerFactoryTest, CacheBeyondTheMemoryIsRefusedWithTheArithmetic) {
+  EngineOptions options = TinyOptions();
+  options.kv_cache_bytes = int64_t{1} << 50;
+  ExpectError(options, absl::StatusCode::kResourceExhausted, "1024 tokens * 6144 bytes = 6291456 bytes");
+}
+
 TEST(ModelRunnerFactoryTest, OptionsOutOfRangeNameValueAndLimit) {
   const auto refuse = [](auto set, const std::string& words) {
     EngineOptions options = TinyOptions();

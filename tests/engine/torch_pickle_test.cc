@@ -3,6 +3,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <cstring>
 #include <map>
@@ -124,6 +125,28 @@ TEST(TorchPickle, ReadsZipWithAndWithoutZip64) {
   }
 }
 
+// The real file is 16.5 GB: entries and directory lie beyond 32 bits. The middle is address space without memory.
+TEST(TorchPickle, ReadsEntriesBeyondFourGigabytes) {
+  constexpr int64_t kHole = int64_t{5} << 30;
+  const std::string pickle =
+      StateDictPickle({{.name = "big", .key = "0", .elements = kHole / 2, .shape = {kHole / 2}, .stride = {1}},
+                       {.name = "after", .key = "1"}});
+  const auto pieces = testing::StoredZipPieces(
+      {{"m/data.pkl", pickle}, {"m/data/0", "", kHole}, {"m/data/1", std::string(12, 'y')}}, true, 0);
+  const int64_t size = static_cast<int64_t>(pieces.back().first + pieces.back().second.size());
+  void* map = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  ASSERT_NE(map, MAP_FAILED);
+  auto* bytes = static_cast<uint8_t*>(map);
+  for (const auto& [offset, text] : pieces) std::memcpy(bytes + offset, text.data(), text.size());
+  const auto tensors = ParseTorchCheckpoint(bytes, size, "f.bin");
+  ASSERT_TRUE(tensors.ok()) << tensors.status();
+  ASSERT_EQ(tensors->size(), 2u);
+  EXPECT_EQ((*tensors)[0].num_bytes, kHole);
+  EXPECT_GT((*tensors)[1].offset, kHole);
+  EXPECT_EQ(bytes[(*tensors)[1].offset], 'y');
+  EXPECT_EQ(munmap(map, size), 0);
+}
+
 TEST(TorchPickle, RefusesEveryOtherGlobalByName) {
   const std::pair<const char*, const char*> globals[] = {{"os", "system"},
                                                          {"posix", "system"},
@@ -211,6 +234,11 @@ TEST(TorchPickle, RefusesTensorsOutsideTheirStorage) {
   ExpectTensorRefused({.shape = {1, 1, 1, 1, 1, 1, 1, 1, 1}, .stride = {}}, "tuple of up to 8");
   ExpectTensorRefused({.name = ""}, "not a tensor name");
   ExpectTensorRefused({.name = std::string("a\0b", 3)}, "not a tensor name");
+}
+
+TEST(TorchPickle, LongStringsCannotBeMultiplied) {
+  ExpectTensorRefused({.key = std::string(33, '1')}, "storage key of 33 bytes, limit 32");
+  ExpectPickleRefused(StateDictPickle({PickleTensor(), PickleTensor()}), "tensor \"w\" is there twice");
 }
 
 TEST(TorchPickle, StrideOfAUnitDimDoesNotMatter) {

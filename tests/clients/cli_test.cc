@@ -1,0 +1,159 @@
+// The program itself: output, exit codes and Ctrl-C, against an in-process server.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <functional>
+#include <thread>
+
+#include "tests/clients/fake_server.h"
+
+extern char** environ;
+
+namespace minitron::client {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+struct Outcome {
+  int exit_code = -1;
+  std::string out;
+  std::string err;
+};
+
+std::string ReadAll(int fd, const std::function<void()>& on_first) {
+  std::string text;
+  char chunk[4096];
+  for (ssize_t size; (size = read(fd, chunk, sizeof(chunk))) > 0;) {
+    if (text.empty() && on_first) on_first();
+    if (text.size() < 65536) text.append(chunk, static_cast<size_t>(size));
+  }
+  close(fd);
+  return text;
+}
+
+// Runs `minitron args`; `on_output` is called with its process id at the first output.
+Outcome RunCli(std::vector<std::string> args, const std::function<void(pid_t)>& on_output = nullptr) {
+  int out[2];
+  int err[2];
+  EXPECT_EQ(pipe(out), 0);
+  EXPECT_EQ(pipe(err), 0);
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_adddup2(&actions, out[1], STDOUT_FILENO);
+  posix_spawn_file_actions_adddup2(&actions, err[1], STDERR_FILENO);
+  for (const int fd : {out[0], out[1], err[0], err[1]}) posix_spawn_file_actions_addclose(&actions, fd);
+  args.insert(args.begin(), MINITRON_CLI);
+  std::vector<char*> argv;
+  for (std::string& arg : args) argv.push_back(arg.data());
+  argv.push_back(nullptr);
+  pid_t pid = 0;
+  EXPECT_EQ(posix_spawn(&pid, MINITRON_CLI, &actions, nullptr, argv.data(), environ), 0);
+  posix_spawn_file_actions_destroy(&actions);
+  close(out[1]);
+  close(err[1]);
+  Outcome outcome;
+  std::thread err_reader([&] { outcome.err = ReadAll(err[0], nullptr); });
+  outcome.out = ReadAll(out[0], on_output ? [&] { on_output(pid); } : std::function<void()>());
+  err_reader.join();
+  int status = 0;
+  EXPECT_EQ(waitpid(pid, &status, 0), pid);
+  outcome.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
+  return outcome;
+}
+
+class CliTest : public testing::Test {
+ protected:
+  std::string Server() const { return "--server=" + server_.target(); }
+
+  FakeServer server_;
+};
+
+TEST_F(CliTest, GenerateStreamsTextToStdoutAndFiguresToStderr) {
+  const Outcome outcome = RunCli({"generate", Server(), "hello"});
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_EQ(outcome.out, "Hello\n");
+  EXPECT_THAT(outcome.err, StartsWith("prompt 9 tokens | generated 2 tokens | first token "));
+}
+
+TEST_F(CliTest, JsonPrintsOneEventPerLine) {
+  const Outcome outcome = RunCli({"generate", Server(), "--json", "--prompt", "hello"});
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_EQ(std::count(outcome.out.begin(), outcome.out.end(), '\n'), 4);
+  EXPECT_THAT(outcome.out, StartsWith("{\"started\":{\"prompt_token_count\":9}}\n{\"delta\":"));
+  EXPECT_EQ(outcome.err, "");
+}
+
+TEST_F(CliTest, OptionsOfOutputAreHonoured) {
+  EXPECT_EQ(RunCli({"generate", Server(), "--echo", "--quiet", "hello"}).out, "helloHello\n");
+  EXPECT_EQ(RunCli({"generate", Server(), "--token-ids", "--quiet", "hello"}).out, "7 8 \n");
+  const Outcome unary = RunCli({"generate", Server(), "--no-stream", "hello"});
+  EXPECT_EQ(unary.out, "Hello\n");
+  EXPECT_EQ(unary.err, "prompt 0 tokens | generated 0 tokens\n");
+}
+
+TEST_F(CliTest, StatusBecomesTheExitCode) {
+  const Outcome refused = RunCli({"generate", Server(), "fail"});
+  EXPECT_EQ(refused.exit_code, 13);
+  EXPECT_THAT(refused.err, StartsWith("minitron: INVALID_ARGUMENT: temperature 3.5 outside [0, 2]"));
+  EXPECT_EQ(refused.out, "");
+  const Outcome cut = RunCli({"generate", Server(), "cut"});
+  EXPECT_EQ(cut.exit_code, 23);
+  EXPECT_EQ(cut.out, "Hel\n") << "the text that came is kept, the error starts on its own line";
+  EXPECT_EQ(RunCli({"models", Server(), "other"}).exit_code, 15);
+}
+
+TEST_F(CliTest, InterruptCancelsTheCallOnTheServer) {
+  const Outcome outcome = RunCli({"generate", Server(), "forever"}, [](pid_t pid) { kill(pid, SIGINT); });
+  EXPECT_EQ(outcome.exit_code, 130);
+  EXPECT_EQ(outcome.err, "minitron: interrupted\n");
+  server_.generation.WaitForCancellation();
+}
+
+TEST_F(CliTest, EveryOtherCommandPrintsItsAnswer) {
+  EXPECT_EQ(RunCli({"tokenize", Server(), "four"}).out, "4\n");
+  EXPECT_EQ(RunCli({"detokenize", Server(), "1,2", "3"}).out, "3\n");
+  EXPECT_THAT(RunCli({"score", Server(), "--context=a", "b"}).out, HasSubstr("total -1.5000"));
+  EXPECT_THAT(RunCli({"models", Server()}).out, StartsWith("tiny\n"));
+  EXPECT_EQ(RunCli({"health", Server()}).out, "SERVING\n");
+  EXPECT_THAT(RunCli({"load", Server()}).out, StartsWith("running 3 |"));
+  EXPECT_THAT(RunCli({"info", Server()}).out, HasSubstr("backend cpu\n"));
+  EXPECT_EQ(RunCli({"cancel", Server(), "a", "b"}).out, "cancelled 2 of 2\n");
+  EXPECT_EQ(RunCli({"drain", Server()}).out, "draining\n");
+  EXPECT_EQ(RunCli({"health", Server(), "--json"}).out, "{\"status\":\"SERVING\"}\n");
+}
+
+TEST_F(CliTest, WrongCommandLinesExitWithTwo) {
+  for (const std::vector<std::string>& args : {std::vector<std::string>{},
+                                               {"generat"},
+                                               {"generate"},
+                                               {"generate", "--nope", "x"},
+                                               {"generate", "--top-k=x", "x"},
+                                               {"health", "--timeout=-1"},
+                                               {"health", "--metadata=bad key=1"},
+                                               {"health", "--metadata=x"}}) {
+    EXPECT_EQ(RunCli(args).exit_code, 2) << testing::PrintToString(args);
+  }
+  EXPECT_THAT(RunCli({"generat"}).err, HasSubstr("did you mean generate?"));
+}
+
+TEST_F(CliTest, HelpExitsWithZero) {
+  EXPECT_THAT(RunCli({"--help"}).out, HasSubstr("Exit codes"));
+  EXPECT_THAT(RunCli({"generate", "--help"}).out, HasSubstr("--temperature X"));
+  EXPECT_EQ(RunCli({"generate", "--help"}).exit_code, 0);
+}
+
+TEST(CliWithoutServerTest, SaysWhatToDo) {
+  std::string target;
+  { target = FakeServer().target(); }  // a port that was free a moment ago
+  const Outcome outcome = RunCli({"generate", "--server", target, "hello"});
+  EXPECT_EQ(outcome.exit_code, 24);
+  EXPECT_THAT(outcome.err, HasSubstr("is a server running at " + target + "?"));
+}
+
+}  // namespace
+}  // namespace minitron::client

@@ -91,7 +91,8 @@ absl::StatusOr<Reader::Directory> Reader::FindDirectory() const {
                             directory_end));
   }
   if (directory.num_entries > kMaxEntries || directory.num_entries > directory.num_bytes / kCentralBytes) {
-    return Bad(absl::StrCat("zip of ", directory.num_entries, " entries, limit ", kMaxEntries));
+    return Bad(absl::StrCat("zip of ", directory.num_entries, " entries in ", directory.num_bytes,
+                            " bytes of directory, limit ", kMaxEntries));
   }
   return directory;
 }

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <queue>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "engine/base/check.h"
@@ -15,6 +16,8 @@
 
 namespace minitron::server {
 namespace {
+
+constexpr std::string_view kSpaceSymbol = "\xE2\x96\x81";
 
 // A maximal part of the text merged so far. Parts form a doubly linked list; a part swallowed by its left neighbour is
 // empty.
@@ -66,10 +69,23 @@ struct SpmModel::Impl {
       const int id = static_cast<int>(i);
       ids.emplace(piece.text, id);
       if (piece.type == SpmProto::kUnknown) unk_id = id;
+      // What an unused piece is taken apart into depends on the whole text, as in sentencepiece.
+      if (piece.type == SpmProto::kUnused) splits_at_spaces = false;
+      if (piece.type == SpmProto::kNormal) NoteSpaces(piece.text);
       if (piece.type == SpmProto::kByte) byte_ids[std::stoul(piece.text.substr(3, 2), nullptr, 16)] = id;
     }
     flags = {proto.normalizer.add_dummy_prefix, proto.normalizer.remove_extra_whitespaces,
              proto.normalizer.escape_whitespaces, proto.trainer.byte_fallback, proto.normalizer.name};
+  }
+
+  // Records each character that stands before a space symbol inside `text`.
+  void NoteSpaces(std::string_view text) {
+    std::string_view last;
+    while (!text.empty()) {
+      if (!last.empty() && text.starts_with(kSpaceSymbol)) joins_space.insert(last);
+      last = text.substr(0, NextUtf8(text).length);
+      text.remove_prefix(last.size());
+    }
   }
 
   // The id of a piece that merging may give, or -1. Unused pieces are steps on the way to others.
@@ -89,27 +105,55 @@ struct SpmModel::Impl {
   SpmNormalizer normalizer;
   std::unordered_map<std::string_view, int> ids;  // keys point into proto.pieces
   std::array<int, 256> byte_ids;
+  std::unordered_set<std::string_view> joins_space;  // characters that some piece has before a space symbol
+  bool splits_at_spaces = true;
   int unk_id = -1;
   Flags flags;
 };
 
 namespace {
 
-// One run of byte-pair encoding over a normalized text.
+// Byte-pair encoding of a normalized text, one segment after the other.
 template <typename Model>
 class BpeRun {
  public:
-  BpeRun(const Model& model, std::string_view text) : model_(model) {
+  explicit BpeRun(const Model& model) : model_(model) {}
+
+  std::vector<int> Run(std::string_view text) {
+    while (!text.empty()) {
+      const size_t length = SegmentLength(text);
+      EncodeSegment(text.substr(0, length));
+      text.remove_prefix(length);
+    }
+    return std::move(ids_);
+  }
+
+ private:
+  // Bytes up to the first space symbol that no piece can contain after the character before it: no merge crosses that
+  // border, so both sides are encoded independently, and the work stays linear in the text for any ordinary model.
+  size_t SegmentLength(std::string_view text) const {
+    size_t last = 0;
+    for (size_t i = NextUtf8(text).length; i < text.size();) {
+      const std::string_view rest = text.substr(i);
+      if (model_.splits_at_spaces && rest.starts_with(kSpaceSymbol) &&
+          model_.joins_space.count(text.substr(last, i - last)) == 0) {
+        return i;
+      }
+      last = i;
+      i += NextUtf8(rest).length;
+    }
+    return text.size();
+  }
+
+  void EncodeSegment(std::string_view text) {
+    symbols_.clear();
     while (!text.empty()) {
       const size_t length = NextUtf8(text).length;  // valid, hence whole characters
       const int index = static_cast<int>(symbols_.size());
       symbols_.push_back({index - 1, index + 1, text.substr(0, length)});
       text.remove_prefix(length);
     }
-    if (!symbols_.empty()) symbols_.back().next = -1;
-  }
-
-  std::vector<int> Run() {
+    symbols_.back().next = -1;
     for (int i = 1; i < static_cast<int>(symbols_.size()); ++i) Consider(i - 1, i);
     while (!agenda_.empty()) {
       const Merge merge = agenda_.top();
@@ -124,11 +168,9 @@ class BpeRun {
       Consider(left.previous, merge.left);
       Consider(merge.left, left.next);
     }
-    for (int i = symbols_.empty() ? -1 : 0; i != -1; i = symbols_[i].next) Emit(symbols_[i].text);
-    return std::move(ids_);
+    for (int i = 0; i != -1; i = symbols_[i].next) Emit(symbols_[i].text);
   }
 
- private:
   void Consider(int left, int right) {
     if (left == -1 || right == -1) return;
     const std::string_view a = symbols_[left].text;
@@ -225,7 +267,7 @@ std::unique_ptr<SpmModel> SpmModel::Load(const std::string& path, std::string* e
 
 std::vector<int> SpmModel::Encode(std::string_view text, bool at_text_start) const {
   const std::string normalized = impl_->normalizer.Normalize(text, at_text_start);
-  return BpeRun<Impl>(*impl_, normalized).Run();
+  return BpeRun<Impl>(*impl_).Run(normalized);
 }
 
 int SpmModel::PieceToId(std::string_view piece) const {

@@ -41,7 +41,7 @@ class SpmModel {
   // Ids of one text, without BOS. Never gives a control or user-defined piece, whatever the text spells: the result is
   // what sentencepiece gives for the same model with its user-defined pieces declared control. Invalid UTF-8 becomes
   // U+FFFD per byte, as in sentencepiece. `at_text_start` false: no dummy prefix (a part in the middle of a text).
-  // O(n log n) in the text.
+  // Linear in the text for models whose pieces do not span spaces, else n log n.
   std::vector<int> Encode(std::string_view text, bool at_text_start = true) const;
   // The id of an exact piece of any type, or -1.
   int PieceToId(std::string_view piece) const;

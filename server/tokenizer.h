@@ -43,7 +43,7 @@ class Tokenizer {
   // the model's).
   static absl::StatusOr<std::unique_ptr<Tokenizer>> Load(const std::string& model_dir, int vocab_size);
 
-  // `text` should be valid UTF-8; invalid bytes become U+FFFD each. Time n log n in the text; the caller bounds its
+  // `text` should be valid UTF-8; invalid bytes become U+FFFD each. At most n log n in the text; the caller bounds its
   // length.
   std::vector<TokenId> Encode(std::string_view text, const EncodeOptions& options) const;
 

@@ -39,7 +39,7 @@ void Cancellation::Attach(grpc::ClientContext* context) {
   if (cancelled_ && context_ != nullptr) context_->TryCancel();
 }
 
-Client::Client(ClientOptions options) : Client(Connect(options.target), options) {}
+Client::Client(const ClientOptions& options) : Client(Connect(options.target), options) {}
 
 Client::Client(std::shared_ptr<grpc::Channel> channel, ClientOptions options)
     : options_(std::move(options)),

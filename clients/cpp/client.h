@@ -50,7 +50,7 @@ using Outcome = std::optional<Error>;
 class Client {
  public:
   // Connects lazily, at the first call.
-  explicit Client(ClientOptions options);
+  explicit Client(const ClientOptions& options);
   Client(std::shared_ptr<grpc::Channel> channel, ClientOptions options);
 
   // Called for each event, on the calling thread. False cancels the call.

@@ -55,7 +55,8 @@ std::string FormatFigures(const Figures& figures) {
   }
   if (figures.tokens_after_first > 0 && figures.decode_s > 0) {
     const double rate = figures.tokens_after_first / figures.decode_s;
-    absl::StrAppend(&text, " | ", absl::StrFormat(rate < 10 ? "%.2f" : "%.0f", rate), " tokens/s");
+    const std::string shown = rate < 10 ? absl::StrFormat("%.2f", rate) : absl::StrFormat("%.0f", rate);
+    absl::StrAppend(&text, " | ", shown, " tokens/s");
   }
   return text;
 }

@@ -74,7 +74,11 @@ void SetStopping(const Arguments& arguments, Setter* setter, v1::StoppingConfig*
     if (!ParseIds(text, &ids)) return setter->Complain("stop-id", "a token id");
     stopping->mutable_stop_token_ids()->Add(ids.begin(), ids.end());
   }
-  for (const std::string& text : arguments.All("stop")) stopping->add_stop_sequences(Unescape(text));
+  for (const std::string& text : arguments.All("stop")) {
+    const std::string stop = Unescape(text);
+    if (!IsUtf8(stop)) return setter->Complain("stop", "valid UTF-8");
+    stopping->add_stop_sequences(stop);
+  }
   if (arguments.Has("include-stop")) stopping->set_include_stop_sequence(true);
   if (arguments.Has("ignore-eos")) stopping->set_ignore_eos(true);
 }
@@ -175,6 +179,7 @@ std::optional<UsageError> BuildTask(const Arguments& arguments, const std::optio
   task->set_request_id(arguments.Get("request-id"));
   task->set_cache_salt(arguments.Get("cache-salt"));
   if (text.has_value()) {
+    if (!IsUtf8(*text)) return UsageError{"the prompt is not valid UTF-8"};
     task->set_text(*text);
   } else {
     std::vector<uint32_t> ids;

@@ -57,6 +57,9 @@ bool ParseIds(const std::string& text, std::vector<uint32_t>* ids);
 // Replaces \n, \t, \r, \\ and \xNN; any other backslash stays.
 std::string Unescape(const std::string& text);
 
+// Whether a protobuf string can hold `text`.
+bool IsUtf8(const std::string& text);
+
 // The candidate nearest to `word` by edit distance, if it is near enough to be meant.
 std::optional<std::string> DidYouMean(const std::string& word, const std::vector<std::string>& candidates);
 

@@ -14,7 +14,10 @@ namespace {
 std::optional<UsageError> ReadArgument(const Session& session, std::string* text) {
   if (session.arguments.positionals().empty()) return UsageError{"no text; - reads it from standard input"};
   *text = session.arguments.positionals()[0];
-  if (*text == "-") return ReadFile("-", text);
+  if (*text == "-") {
+    if (auto error = ReadFile("-", text)) return error;
+  }
+  if (!IsUtf8(*text)) return UsageError{"the text is not valid UTF-8"};
   return std::nullopt;
 }
 
@@ -31,6 +34,7 @@ int RunScore(const Session& session) {
       return FailUsage(session, {"--context-ids is not a list of ids"});
     request.mutable_context_token_ids()->mutable_ids()->Add(ids.begin(), ids.end());
   } else {
+    if (!IsUtf8(arguments.Get("context"))) return FailUsage(session, {"--context is not valid UTF-8"});
     request.set_context_text(arguments.Get("context"));
   }
   ids.clear();
@@ -91,7 +95,8 @@ int RunDetokenize(const Session& session) {
     if (text == "-") {
       if (const auto error = ReadFile("-", &text)) return FailUsage(session, *error);
     }
-    if (!ParseIds(text, &ids)) return FailUsage(session, {absl::StrCat("\"", text.substr(0, 40), "\" is not a list of token ids")});
+    if (!ParseIds(text, &ids))
+      return FailUsage(session, {absl::StrCat("\"", text.substr(0, 40), "\" is not a list of token ids")});
   }
   if (session.arguments.positionals().empty()) return FailUsage(session, {"no token ids"});
   v1::DetokenizeRequest request;

@@ -78,6 +78,20 @@ TEST(OptionsTest, EscapesBecomeBytes) {
   EXPECT_EQ(Unescape("\\x4"), "\\x4");
 }
 
+TEST(OptionsTest, OnlyWellFormedUtf8IsSent) {
+  for (const char* text :
+       {"", "a", "\xC3\xA9", "\xED\x9F\xBF", "\xEE\x80\x80", "\xF0\x9F\x98\x80", "\xF4\x8F\xBF\xBF"}) {
+    EXPECT_TRUE(IsUtf8(text)) << text;
+  }
+  for (const char* text : {"\x80", "\xC0\x80", "\xC3", "\xE0\x9F\x80", "\xED\xA0\x80", "\xF0\x8F\xBF\xBF",
+                           "\xF4\x90\x80\x80", "\xFF", "\xF5\x80\x80\x80", "\xE2\x82", "\xC3(", "a\xF0\x9F\x98"}) {
+    EXPECT_FALSE(IsUtf8(text));
+  }
+  v1::GenerationTask task;
+  EXPECT_EQ(BuildTask(Parsed({}), "caf\xE9", &task)->message, "the prompt is not valid UTF-8");
+  EXPECT_EQ(TaskError({"--stop=\\xff"}), "--stop \"\\xff\" is not valid UTF-8");
+}
+
 TEST(OptionsTest, HelpListsEveryOptionOfEveryCommand) {
   for (const Command& command : Commands()) {
     const std::string help = Help(command.spec);

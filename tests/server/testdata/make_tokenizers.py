@@ -6,11 +6,12 @@ fallback, no normalization, a dummy prefix or none. nfkc.model is the opposite i
 collapsed, no byte fallback.
 """
 
+import io
+import os
 import pathlib
 
 import sentencepiece
 
-HERE = pathlib.Path(__file__).parent
 WORDS = """the quick brown fox jumps over the lazy dog while extra identities idle in a large grid of characters and
 to be or not to be that is the question whether it is nobler in the mind to suffer the slings and arrows of fortune
 extra_id extra id <b>bold</b> <i>id</i> x_0 x_1 s_2 /s/ café naïve über Straße 東京 北京 日本 123 2024 1999
@@ -24,19 +25,22 @@ def corpus():
 
 
 def train(name, **options):
+    # A writer, and relative paths: the trainer stores the paths it is given in the file.
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=corpus(), model_prefix=str(HERE / name), model_type="bpe", pad_id=0, unk_id=1, bos_id=2,
+        sentence_iterator=corpus(), model_writer=model, model_type="bpe", pad_id=0, unk_id=1, bos_id=2,
         eos_id=3, hard_vocab_limit=False, minloglevel=2, **options)
-    (HERE / f"{name}.vocab").unlink()
+    pathlib.Path(f"{name}.model").write_bytes(model.getvalue())
 
 
 def main():
+    os.chdir(pathlib.Path(__file__).resolve().parent)
     special = [f"<extra_id_{i}>" for i in range(12)]
     for name, prefix in (("prefix", True), ("no_prefix", False)):
         train(name, vocab_size=500, byte_fallback=True, character_coverage=0.98, split_digits=True,
               user_defined_symbols=special, normalization_rule_name="identity", add_dummy_prefix=prefix,
               remove_extra_whitespaces=False)
-    rules = HERE / "rules.tsv"
+    rules = pathlib.Path("rules.tsv")
     # Full-width letters to ASCII, an ideographic space and a tab to a space, a ligature to two letters, a joiner to nothing.
     pairs = [(0xFF21 + i, [0x41 + i]) for i in range(26)] + [(0x3000, [0x20]), (9, [0x20]), (0xFB01, [0x66, 0x69]),
                                                              (0x200D, [])]

@@ -1,0 +1,52 @@
+#include "server/admission.h"
+
+#include <utility>
+
+#include "server/grpc_status.h"
+
+namespace minitron::server {
+namespace {
+
+absl::Status TryAdmit(ServerContext& server, BuiltRequest built, std::shared_ptr<CallSink> sink,
+                      std::atomic<scheduler::RequestId>& id) {
+  if (server.draining.load()) {
+    return ReasonError(absl::StatusCode::kUnavailable, reason::kDraining, "the server is draining; use another one");
+  }
+  built.request.id = server.names.NextId();
+  id.store(built.request.id);
+  const scheduler::RequestId request_id = built.request.id;
+  absl::Status status = server.output->Register(request_id, std::move(built.spec), std::move(sink));
+  if (!status.ok()) return status;
+  status = server.submit(std::move(built.request));
+  if (!status.ok()) server.output->Unregister(request_id);
+  return status;
+}
+
+}  // namespace
+
+absl::Status Admit(ServerContext& server, BuiltRequest built, std::shared_ptr<CallSink> sink,
+                   std::atomic<scheduler::RequestId>& id) {
+  absl::Status status = TryAdmit(server, std::move(built), std::move(sink), id);
+  // What the engine refuses without a reason of its own still gets one.
+  if (!status.ok() && GetReason(status).empty()) {
+    if (absl::IsUnavailable(status)) SetReason(status, reason::kQueueFull);
+    if (absl::IsInvalidArgument(status)) SetReason(status, reason::kRequestTooLarge);
+  }
+  if (!status.ok()) CountRefusal(server, status);
+  return status;
+}
+
+void CountRefusal(ServerContext& server, const absl::Status& status) {
+  const std::string why = GetReason(status);
+  if (why == reason::kQueueFull) {
+    server.metrics->CountRejection("queue_full");
+  } else if (why == reason::kDraining) {
+    server.metrics->CountRejection("draining");
+  } else if (why == reason::kDuplicateRequestId) {
+    server.metrics->CountRejection("duplicate");
+  } else {
+    server.metrics->CountRejection(absl::IsInternal(status) ? "error" : "invalid");
+  }
+}
+
+}  // namespace minitron::server

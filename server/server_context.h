@@ -1,0 +1,56 @@
+// ServerContext: what every call handler borrows. Built in main, outlives the gRPC server. Members are thread-safe.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "scheduler/request.h"
+#include "server/metrics.h"
+#include "server/output_processor.h"
+#include "server/request_builder.h"
+
+namespace minitron::server {
+
+// Numbers, names and seeds for requests that bring none.
+class RequestNames {
+ public:
+  RequestNames();  // draws its base from the operating system
+  scheduler::RequestId NextId() { return next_id_.fetch_add(1); }
+  uint64_t FreshSeed();
+  std::string FreshName();
+
+ private:
+  uint64_t base_;
+  std::atomic<uint64_t> next_id_{1};
+  std::atomic<uint64_t> num_drawn_{0};
+};
+
+// Limits of the running engine, for AdminService.
+struct EngineLimits {
+  int kv_block_size = 0;
+  int kv_blocks = 0;
+  int max_num_sequences = 0;
+  int max_step_tokens = 0;
+  int max_queued_requests = 0;
+};
+
+struct ServerContext {
+  ServedModel model;
+  EngineLimits limits;
+  Metrics* metrics = nullptr;         // owned by main
+  OutputProcessor* output = nullptr;  // owned by main
+  // The engine's two doors; see EngineCore::Submit and Abort.
+  std::function<absl::Status(scheduler::Request)> submit;
+  std::function<void(scheduler::RequestId)> abort;
+  std::function<int()> queue_depth;
+  std::function<scheduler::TimePoint()> now;
+  std::function<void()> begin_drain;  // AdminService.Drain; returns at once
+  std::atomic<bool> draining{false};  // new requests are refused
+  scheduler::Duration max_request_timeout = std::chrono::minutes(10);
+  scheduler::TimePoint ready_since;
+  RequestNames names;
+};
+
+}  // namespace minitron::server

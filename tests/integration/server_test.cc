@@ -1,0 +1,125 @@
+// The real binary with the shipped model: stream, drain, signals, start-up failures, metrics.
+#include <arpa/inet.h>
+#include <gmock/gmock.h>
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+#include <minitron/v1/generation.grpc.pb.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "tests/integration/server_process.h"
+
+namespace minitron::integration {
+namespace {
+
+using ::testing::HasSubstr;
+
+std::unique_ptr<v1::GenerationService::Stub> Connect(const ServerProcess& server) {
+  return v1::GenerationService::NewStub(
+      grpc::CreateChannel("127.0.0.1:" + std::to_string(server.grpc_port), grpc::InsecureChannelCredentials()));
+}
+
+v1::GenerateStreamRequest Request(int max_tokens) {
+  v1::GenerateStreamRequest request;
+  request.mutable_task()->set_text("To be or not to be,");
+  request.mutable_task()->mutable_sampling()->set_seed(1);
+  request.mutable_task()->mutable_stopping()->set_max_tokens(static_cast<uint32_t>(max_tokens));
+  request.mutable_task()->mutable_stopping()->set_ignore_eos(true);
+  return request;
+}
+
+int LineCount(const std::string& text) { return static_cast<int>(std::count(text.begin(), text.end(), '\n')); }
+
+std::string Get(int port, const std::string& path) {
+  const int fd = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(static_cast<uint16_t>(port));
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  if (connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) return "";
+  const std::string request = "GET " + path + " HTTP/1.0\r\n\r\n";
+  if (write(fd, request.data(), request.size()) != static_cast<ssize_t>(request.size())) return "";
+  std::string answer;
+  char buffer[4096];
+  for (ssize_t n = 0; (n = read(fd, buffer, sizeof(buffer))) > 0;) answer.append(buffer, static_cast<size_t>(n));
+  close(fd);
+  return answer;
+}
+
+TEST(ServerTest, StreamsTheSameTextTwiceAndDrainsOnSigterm) {
+  ServerProcess server({});
+  ASSERT_TRUE(server.WaitUntilReady()) << server.StandardError();
+  const auto stub = Connect(server);
+  std::string texts[2];
+  for (std::string& text : texts) {
+    grpc::ClientContext context;
+    auto reader = stub->GenerateStream(&context, Request(32));
+    v1::GenerateStreamResponse response;
+    while (reader->Read(&response)) text += response.delta().text();
+    const grpc::Status status = reader->Finish();
+    ASSERT_TRUE(status.ok()) << status.error_message();
+  }
+  EXPECT_FALSE(texts[0].empty());
+  EXPECT_EQ(texts[0], texts[1]);
+  const std::string metrics = Get(server.metrics_port, "/metrics");
+  EXPECT_THAT(metrics, HasSubstr("minitron_generation_tokens_total{model_name=\"minitron-tiny\"} 64"));
+  EXPECT_THAT(metrics, HasSubstr("minitron_ready{model_name=\"minitron-tiny\"} 1"));
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 0) << server.StandardError();
+}
+
+TEST(ServerTest, ALiveStreamEndsCompleteDuringADrain) {
+  ServerProcess server({});
+  ASSERT_TRUE(server.WaitUntilReady()) << server.StandardError();
+  const auto stub = Connect(server);
+  grpc::ClientContext context;
+  auto reader = stub->GenerateStream(&context, Request(300));
+  v1::GenerateStreamResponse response;
+  ASSERT_TRUE(reader->Read(&response));
+  server.Signal(SIGTERM);
+  bool finished = false;
+  while (reader->Read(&response)) finished = finished || response.has_finished();
+  EXPECT_TRUE(reader->Finish().ok());
+  EXPECT_TRUE(finished);
+  EXPECT_EQ(server.Wait(), 0) << server.StandardError();
+}
+
+TEST(ServerTest, SecondSignalEndsAtOnce) {
+  ServerProcess server({"--drain-delay=3600"});
+  ASSERT_TRUE(server.WaitUntilReady()) << server.StandardError();
+  server.Signal(SIGTERM);
+  // The first must have been taken, or both count as one.
+  while (server.StandardError().find("action=drain") == std::string::npos) usleep(1000);
+  server.Signal(SIGTERM);
+  EXPECT_EQ(server.Wait(), 128 + SIGTERM);
+}
+
+TEST(ServerTest, TakenPortIsOneLineAndExitCode4) {
+  ServerProcess first({});
+  ASSERT_TRUE(first.WaitUntilReady()) << first.StandardError();
+  ServerProcess second({"--port=" + std::to_string(first.grpc_port)});
+  EXPECT_EQ(second.Wait(), 4);
+  EXPECT_EQ(LineCount(second.StandardError()), 1) << second.StandardError();
+  EXPECT_THAT(second.StandardError(), HasSubstr(std::to_string(first.grpc_port)));
+  ServerProcess third({"--metrics-port=" + std::to_string(first.metrics_port)});
+  EXPECT_EQ(third.Wait(), 4);
+}
+
+TEST(ServerTest, MissingModelIsExitCode3) {
+  ServerProcess server({"--model=/nonexistent/model"});
+  EXPECT_EQ(server.Wait(), 3);
+  EXPECT_EQ(LineCount(server.StandardError()), 1) << server.StandardError();
+}
+
+TEST(ServerTest, BadFlagIsExitCode2) {
+  ServerProcess server({"--block-size=24"});
+  EXPECT_EQ(server.Wait(), 2);
+  EXPECT_EQ(server.StandardError(), "minitron-server: --block-size=24: not a power of two in [8, 256]\n");
+}
+
+}  // namespace
+}  // namespace minitron::integration

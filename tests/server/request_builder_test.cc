@@ -1,0 +1,209 @@
+#include "server/request_builder.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "engine/base/check.h"
+#include "server/grpc_status.h"
+#include "server/limits.h"
+
+namespace minitron::server {
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+class RequestBuilderTest : public ::testing::Test {
+ protected:
+  RequestBuilderTest() {
+    auto loaded = Tokenizer::Load(std::string(MINITRON_SOURCE_DIR) + "/deploy/models/minitron-tiny", 2048);
+    CHECK(loaded.ok());
+    tokenizer_ = *std::move(loaded);
+    model_.name = "tiny";
+    model_.info.vocab_size = 2048;
+    model_.info.max_context_tokens = 100;
+    model_.info.eos_token_ids = {3};
+    model_.tokenizer = tokenizer_.get();
+    call_.fresh_seed = 42;
+    call_.fresh_request_id = "req-1";
+    task_.mutable_token_ids()->add_ids(5);
+  }
+  absl::StatusOr<BuiltRequest> Build() const { return BuildGenerate(task_, model_, call_); }
+  void ExpectRefused(const std::string& field) const {
+    const auto built = Build();
+    ASSERT_FALSE(built.ok()) << field;
+    EXPECT_EQ(built.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(GetField(built.status()), field);
+  }
+  void ExpectAccepted() const {
+    const auto built = Build();
+    EXPECT_TRUE(built.ok()) << built.status();
+  }
+
+  std::unique_ptr<Tokenizer> tokenizer_;
+  ServedModel model_;
+  CallContext call_;
+  v1::GenerationTask task_;
+};
+
+TEST_F(RequestBuilderTest, EveryFloatIsCheckedAtBothEndsAndForNan) {
+  struct Case {
+    FloatLimit limit;
+    std::function<void(v1::SamplingConfig&, float)> set;
+  };
+  const std::vector<Case> cases = {
+      {limits::kTemperature, [](auto& c, float v) { c.set_temperature(v); }},
+      {limits::kTopP, [](auto& c, float v) { c.set_top_p(v); }},
+      {limits::kMinP, [](auto& c, float v) { c.set_min_p(v); }},
+      {limits::kRepetitionPenalty, [](auto& c, float v) { c.set_repetition_penalty(v); }},
+      {limits::kPresencePenalty, [](auto& c, float v) { c.set_presence_penalty(v); }},
+      {limits::kFrequencyPenalty, [](auto& c, float v) { c.set_frequency_penalty(v); }},
+      {limits::kLogitBias, [](auto& c, float v) { (*c.mutable_logit_bias())[7] = v; }},
+  };
+  for (const Case& c : cases) {
+    const auto min = static_cast<float>(c.limit.min), max = static_cast<float>(c.limit.max);
+    const auto with = [&](float value) {
+      task_.clear_sampling();
+      c.set(*task_.mutable_sampling(), value);
+    };
+    for (const float bad : {kNan, kInf, -kInf, std::nextafter(max, kInf), std::nextafter(min, -kInf)}) {
+      with(bad);
+      ExpectRefused(c.limit.field);
+    }
+    with(max);
+    ExpectAccepted();
+    with(min);
+    c.limit.min_exclusive ? ExpectRefused(c.limit.field) : ExpectAccepted();
+    with(std::nextafter(min, kInf));
+    ExpectAccepted();
+  }
+}
+
+TEST_F(RequestBuilderTest, NegativeZeroBecomesZero) {
+  task_.mutable_sampling()->set_temperature(-0.0f);
+  const auto built = Build();
+  ASSERT_TRUE(built.ok());
+  EXPECT_FALSE(std::signbit(built->request.params.temperature));
+}
+
+TEST_F(RequestBuilderTest, EveryIntegerIsCheckedAtBothEnds) {
+  struct Case {
+    const char* field;
+    int64_t min, max;
+    std::function<void(v1::GenerationTask&, int64_t)> set;
+  };
+  const std::vector<Case> cases = {
+      {"sampling.top_k", 0, 2048, [](auto& t, int64_t v) { t.mutable_sampling()->set_top_k(v); }},
+      {"sampling.num_sequences", 0, 16, [](auto& t, int64_t v) { t.mutable_sampling()->set_num_sequences(v); }},
+      {"stopping.max_tokens", 1, 99, [](auto& t, int64_t v) { t.mutable_stopping()->set_max_tokens(v); }},
+      {"stopping.min_tokens", 0, 99, [](auto& t, int64_t v) { t.mutable_stopping()->set_min_tokens(v); }},
+      {"output.logprobs", 0, 20, [](auto& t, int64_t v) { t.mutable_output()->set_logprobs(v); }},
+      {"output.prompt_logprobs", 0, 20, [](auto& t, int64_t v) { t.mutable_output()->set_prompt_logprobs(v); }},
+      {"priority", -100, 100, [](auto& t, int64_t v) { t.set_priority(v); }},
+      {"stopping.stop_token_ids", 0, 2047, [](auto& t, int64_t v) { t.mutable_stopping()->add_stop_token_ids(v); }},
+      {"token_ids", 0, 2047, [](auto& t, int64_t v) { t.mutable_token_ids()->add_ids(v); }},
+      {"sampling.logit_bias", 0, 2047,
+       [](auto& t, int64_t v) { (*t.mutable_sampling()->mutable_logit_bias())[v] = 1; }},
+  };
+  const v1::GenerationTask plain = task_;
+  for (const Case& c : cases) {
+    const auto with = [&](int64_t value) {
+      task_ = plain;
+      c.set(task_, value);
+    };
+    for (const int64_t good : {c.min, c.max}) {
+      with(good);
+      ExpectAccepted();
+    }
+    for (const int64_t bad : {c.max + 1, c.min - 1, int64_t{INT32_MAX}, int64_t{INT32_MIN}, int64_t{-1}}) {
+      if (bad >= c.min && bad <= c.max) continue;
+      with(bad);
+      ExpectRefused(c.field);
+    }
+  }
+}
+
+TEST_F(RequestBuilderTest, CountsAndBytesAreBounded) {
+  const v1::GenerationTask plain = task_;
+  for (int i = 0; i < 17; ++i) task_.mutable_stopping()->add_stop_sequences(std::string(1, 'x'));
+  ExpectRefused("stopping.stop_sequences");
+  for (const size_t size : {0, 257}) {
+    task_ = plain;
+    task_.mutable_stopping()->add_stop_sequences(std::string(size, 'x'));
+    ExpectRefused("stopping.stop_sequences");
+  }
+  task_ = plain;
+  for (int i = 0; i < 65; ++i) task_.mutable_stopping()->add_stop_token_ids(1);
+  ExpectRefused("stopping.stop_token_ids");
+  task_ = plain;
+  for (int i = 0; i < 1025; ++i) (*task_.mutable_sampling()->mutable_logit_bias())[i] = 1;
+  ExpectRefused("sampling.logit_bias");
+  for (const std::string& id :
+       {std::string(129, 'x'), std::string("a\nb"), std::string("\xC3\xA9"), std::string(1, '\0')}) {
+    task_ = plain;
+    task_.set_request_id(id);
+    ExpectRefused("request_id");
+  }
+  task_ = plain;
+  task_.set_cache_salt(std::string(129, 'x'));
+  ExpectRefused("cache_salt");
+  task_ = plain;
+  task_.set_text(std::string(limits::kMaxTextBytes + 1, 'x'));
+  ExpectRefused("text");
+}
+
+TEST_F(RequestBuilderTest, PromptMustBeThereAndFit) {
+  task_.clear_prompt();
+  ExpectRefused("prompt");
+  task_.set_text("");
+  ExpectRefused("prompt");
+  task_.mutable_token_ids();
+  ExpectRefused("prompt");
+  for (int i = 0; i < 100; ++i) task_.mutable_token_ids()->add_ids(i);
+  EXPECT_EQ(GetReason(Build().status()), reason::kPromptTooLong);
+  task_.set_truncate_prompt_tokens(99);
+  const auto built = Build();
+  ASSERT_TRUE(built.ok()) << built.status();
+  EXPECT_EQ(built->request.prompt_token_ids.front(), 1) << "the last ones are kept";
+  EXPECT_EQ(built->request.max_tokens, 1);
+}
+
+TEST_F(RequestBuilderTest, UnsetFieldsTakeTheDefaults) {
+  model_.defaults = {true, true, true, 0.7f, 11, 0.9f};
+  const auto built = Build();
+  ASSERT_TRUE(built.ok());
+  EXPECT_EQ(built->request.params.temperature, 0.7f);
+  EXPECT_EQ(built->request.params.top_k, 11);
+  EXPECT_EQ(built->request.params.top_p, 0.9f);
+  EXPECT_EQ(built->request.params.seed, 42u);
+  EXPECT_EQ(built->request.max_tokens, 99) << "the rest of the context";
+  EXPECT_EQ(built->spec.request_id, "req-1");
+  EXPECT_EQ(built->request.eos_token_ids, std::vector<TokenId>{3});
+}
+
+TEST_F(RequestBuilderTest, ScoreSplitsWhereTheContextEnds) {
+  v1::ScoreRequest message;
+  message.set_context_text("to be or not ");
+  message.set_target_text("to be");
+  const auto built = BuildScore(message, model_, call_);
+  ASSERT_TRUE(built.ok()) << built.status();
+  EXPECT_EQ(built->request.prompt_token_ids, tokenizer_->Encode("to be or not to be", {}));
+  EXPECT_EQ(built->num_context_tokens, static_cast<int>(tokenizer_->Encode("to be or not", {}).size()));
+  EXPECT_EQ(built->request.max_tokens, 0);
+}
+
+TEST_F(RequestBuilderTest, ScoreOfOneTokenNeedsAContext) {
+  v1::ScoreRequest message;
+  message.mutable_target_token_ids()->add_ids(5);
+  EXPECT_EQ(GetField(BuildScore(message, model_, call_).status()), "context");
+  message.mutable_target_token_ids()->add_ids(6);
+  const auto built = BuildScore(message, model_, call_);
+  ASSERT_TRUE(built.ok()) << built.status();
+  EXPECT_EQ(built->request.prompt_logprobs_start, 1);
+}
+
+}  // namespace
+}  // namespace minitron::server

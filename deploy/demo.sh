@@ -28,7 +28,7 @@ stop_server() {
 }
 trap stop_server EXIT
 
-"$bin/minitron-server" --model "$model" --host 127.0.0.1 --port 0 --metrics-port 0 --drain-delay 0s \
+"$bin/minitron-server" --model "$model" --host 127.0.0.1 --port 0 --metrics-port 0 --drain-delay 0 \
   --port-file "$scratch/ports" 2>"$scratch/log" &
 server=$!
 until [ -s "$scratch/ports" ]; do

@@ -21,9 +21,8 @@
 namespace minitron::engine {
 namespace {
 
-constexpr int64_t kProgressThresholdBytes = 1'000'000'000;
 constexpr int64_t kPageBytes = 4096;
-constexpr int64_t kTouchChunkBytes = int64_t{64} << 20;
+constexpr int64_t kPrefaultChunkBytes = int64_t{64} << 20;
 constexpr size_t kMaxNameBytes = 255;  // NAME_MAX
 // O_NONBLOCK: opening a FIFO without a writer must not hang. It means nothing to a regular file.
 constexpr int kOpenFlags = O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY;
@@ -53,6 +52,14 @@ int OpenBeneath(int dir_fd, const std::string& name) {
 bool IsPlainName(const std::string& name) {
   return !name.empty() && name.size() <= kMaxNameBytes && name != "." && name != ".." &&
          name.find('/') == std::string::npos && name.find('\0') == std::string::npos;
+}
+
+// Reads the pages in and maps them, so that the first request does not pay for it.
+void MapPages(const uint8_t* begin, int64_t length) {
+  if (madvise(const_cast<uint8_t*>(begin), length, MADV_POPULATE_READ) == 0) return;
+  // A kernel before 5.14: touch them one by one.
+  const volatile uint8_t* bytes = begin;
+  for (int64_t i = 0; i < length; i += kPageBytes) static_cast<void>(bytes[i]);
 }
 
 }  // namespace
@@ -132,25 +139,23 @@ std::string ProgressLine(int64_t done_bytes, int64_t total_bytes) {
   return line;
 }
 
-void Prefault(const std::vector<std::unique_ptr<MappedFile>>& files, bool show_progress) {
+void Prefault(const std::vector<std::unique_ptr<MappedFile>>& files, bool show_progress, int64_t min_bytes) {
   int64_t total = 0;
-  for (const auto& file : files) {
-    total += file->size();
-    // Advice only: a kernel that refuses it costs time, not correctness.
-    if (file->size() > 0) madvise(const_cast<uint8_t*>(file->data()), file->size(), MADV_WILLNEED);
-  }
-  if (!show_progress || total <= kProgressThresholdBytes || isatty(STDERR_FILENO) == 0) return;
+  for (const auto& file : files) total += file->size();
+  const int64_t memory = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
+  // Files that do not fit would push their own beginning out again.
+  if (total < min_bytes || total > memory - memory / 10) return;
+  const bool draw = show_progress && isatty(STDERR_FILENO) != 0;
   int64_t done = 0;
   for (const auto& file : files) {
-    const volatile uint8_t* bytes = file->data();
-    for (int64_t begin = 0; begin < file->size(); begin += kTouchChunkBytes) {
-      const int64_t end = std::min(begin + kTouchChunkBytes, file->size());
-      for (int64_t i = begin; i < end; i += kPageBytes) static_cast<void>(bytes[i]);
-      done += end - begin;
-      std::fprintf(stderr, "\r%s", ProgressLine(done, total).c_str());
+    for (int64_t begin = 0; begin < file->size(); begin += kPrefaultChunkBytes) {
+      const int64_t length = std::min(kPrefaultChunkBytes, file->size() - begin);
+      MapPages(file->data() + begin, length);
+      done += length;
+      if (draw) std::fprintf(stderr, "\r%s", ProgressLine(done, total).c_str());
     }
   }
-  std::fprintf(stderr, "\n");
+  if (draw) std::fprintf(stderr, "\n");
 }
 
 }  // namespace minitron::engine

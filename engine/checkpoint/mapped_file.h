@@ -69,9 +69,14 @@ class ModelDir {
   std::string path_;
 };
 
-// Asks the kernel to read the files ahead. With `show_progress`, stderr a terminal and over 1 GB in all, also touches
-// every page and draws a bar: the first touch is what loading waits for.
-void Prefault(const std::vector<std::unique_ptr<MappedFile>>& files, bool show_progress);
+// A load of this size takes seconds from a disk: it is worth waiting for, and showing.
+inline constexpr int64_t kPrefaultThresholdBytes = 1'000'000'000;
+
+// Reads files of `min_bytes` in all or more into memory and maps their pages, unless they do not fit: a server that
+// says it is ready must not spend its first request on page faults. With `show_progress` and stderr a terminal, draws a
+// bar. Never fails: pages that could not be read are read at their first use.
+void Prefault(const std::vector<std::unique_ptr<MappedFile>>& files, bool show_progress,
+              int64_t min_bytes = kPrefaultThresholdBytes);
 
 // "loading weights [#####     ]  50%  8.3 / 16.5 GB". Requires 0 <= done <= total, total > 0.
 std::string ProgressLine(int64_t done_bytes, int64_t total_bytes);

@@ -3,6 +3,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 
 #include <cstring>
@@ -226,6 +227,43 @@ TEST(ModelDir, TextOverTheLimitIsRefused) {
   EXPECT_EQ(dir->ReadText("text", 100)->size(), 100u);
   EXPECT_EQ(dir->ReadText("text", 99).status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(dir->ReadText("absent", 99).status().code(), absl::StatusCode::kNotFound);
+}
+
+// Page faults of this thread that needed no disk.
+int64_t MinorFaults() {
+  rusage usage{};
+  getrusage(RUSAGE_THREAD, &usage);
+  return usage.ru_minflt;
+}
+
+// Not instrumented: a sanitizer's shadow memory has page faults of its own.
+__attribute__((no_sanitize("address", "thread"))) int64_t SumOfPages(const uint8_t* data, int64_t size) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < size; i += 4096) sum += data[i];
+  return sum;
+}
+
+TEST(Prefault, LeavesNoPageToFaultIn) {
+  constexpr int64_t kBytes = int64_t{64} << 20;
+  const TempDir dir;
+  dir.Write("weights", std::string(kBytes, 'x'));
+  const auto opened = ModelDir::Open(dir.path());
+  ASSERT_TRUE(opened.ok());
+  for (const bool prefault : {false, true}) {
+    std::vector<std::unique_ptr<MappedFile>> files;
+    files.push_back(std::move(opened->Map("weights", NameOrigin::kWellKnown).value()));
+    Prefault(files, false, prefault ? 0 : kPrefaultThresholdBytes);
+    const int64_t before = MinorFaults();
+    const int64_t sum = SumOfPages(files[0]->data(), kBytes);
+    const int64_t faults = MinorFaults() - before;
+    EXPECT_EQ(sum, int64_t{'x'} * (kBytes / 4096));
+    // The kernel maps at most 16 to a few hundred neighbours per fault, so a file that is only mapped costs several.
+    if (prefault) {
+      EXPECT_LE(faults, 2);
+    } else {
+      EXPECT_GT(faults, 2);
+    }
+  }
 }
 
 TEST(ProgressLine, ShowsShareAndBytes) {

@@ -31,7 +31,9 @@ TEST(BatchBuilderTest, ChunkAndDecodeRowsBecomeArrays) {
   EXPECT_THAT(batch.history_resets[0].prompt, ElementsAre(10, 11));
   ASSERT_NE(batch.results.at(0).banned_tokens, nullptr);
   EXPECT_THAT(*batch.results[0].banned_tokens, ElementsAre(1));
-  scheduler.Update(plan, {.rows = {{.token_id = 30}}}, {});
+  engine::StepResult result;
+  result.rows.emplace_back().token_id = 30;
+  scheduler.Update(plan, result, {});
 
   Request scored;
   scored.id = 2;

@@ -29,7 +29,9 @@ Request MakeRequest(RequestId id, int num_prompt, int max_tokens, int num_sequen
 engine::StepResult Results(const SchedulerOutput& plan, TokenId token = 50) {
   engine::StepResult result;
   for (const ScheduledSequence& scheduled : plan.sequences) {
-    for (int i = 0; i < scheduled.num_result_rows(); ++i) result.rows.push_back({.token_id = token});
+    for (int i = 0; i < scheduled.num_result_rows(); ++i) {
+      result.rows.emplace_back().token_id = token;
+    }
   }
   return result;
 }

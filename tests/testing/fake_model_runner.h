@@ -28,7 +28,7 @@ struct FakeModelRunnerOptions {
   int64_t fail_at_step = -1;  // the Collect of this step, from 0, returns INTERNAL, as does every call after it
   int nan_one_in = 0;         // n: about one in n result rows fails, as a function of its content; 0: none
   // Overrides the token derived from memory: (last token of the sequence, its position) -> next token.
-  std::function<engine::TokenId(engine::TokenId, int)> choose_token;
+  std::function<engine::TokenId(engine::TokenId, int)> choose_token = nullptr;
 };
 
 // Engine thread only, except Hold, Release and WaitUntilHeld.

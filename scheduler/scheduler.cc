@@ -331,7 +331,8 @@ void Scheduler::ApplySampledToken(const std::shared_ptr<Sequence>& sequence, con
 }
 
 void Scheduler::Finish(const std::shared_ptr<Sequence>& held, FinishReason reason, TokenId stop_token) {
-  const std::shared_ptr<Sequence> sequence = held;  // `held` may be an element of the queue it leaves
+  // A copy, because `held` may be an element of the queue that the sequence leaves.
+  const std::shared_ptr<Sequence> sequence = held;  // NOLINT(performance-unnecessary-copy-initialization)
   std::vector<std::shared_ptr<Sequence>>& queue = sequence->state() == SequenceState::kRunning ? running_ : waiting_;
   const auto position = std::find(queue.begin(), queue.end(), sequence);
   CHECK(position != queue.end());
@@ -370,7 +371,7 @@ absl::Status Scheduler::CheckConsistent() const {
     if (sequence->state() != SequenceState::kWaiting) return absl::InternalError("not waiting, but in waiting_");
     if (!sequence->block_table().empty()) return absl::InternalError("a waiting sequence owns blocks");
   }
-  if (slots.size() != num_slots || num_slots != static_cast<size_t>(2 * limits_.max_num_sequences)) {
+  if (slots.size() != num_slots || num_slots != 2 * static_cast<size_t>(limits_.max_num_sequences)) {
     return absl::InternalError(absl::StrCat(num_slots, " history slots accounted for, ", slots.size(), " distinct"));
   }
   const auto in_order = [](const auto& queue) { return std::is_sorted(queue.begin(), queue.end(), ServedBefore()); };

@@ -1,0 +1,85 @@
+// FakeModelRunner: a ModelRunner without a model that notices wrong memory.
+//
+// It keeps one hash per KV slot, chained over the tokens before it as a transformer's state is, and derives each token
+// and logprob from all slots it reads back through the block table: a wrong, stale or early-freed block changes the
+// output. Like a real runner, a row's result depends on the sequence's tokens, params and output position only.
+// Malformed batches are CHECKed. Unwritten slots hold poison.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <vector>
+
+#include "engine/model_runner.h"
+
+namespace minitron::testing {
+
+struct FakeModelRunnerOptions {
+  int num_kv_blocks = 64;
+  int block_size = 8;
+  int max_num_tokens = 128;
+  int max_num_sequences = 16;
+  int max_context_tokens = 1024;
+  int vocab_size = 64;
+  std::vector<engine::TokenId> eos_token_ids = {1};
+  int64_t fail_at_step = -1;  // the Collect of this step, from 0, returns INTERNAL, as does every call after it
+  int nan_one_in = 0;         // n: about one in n result rows fails, as a function of its content; 0: none
+  // Overrides the token derived from memory: (last token of the sequence, its position) -> next token.
+  std::function<engine::TokenId(engine::TokenId, int)> choose_token;
+};
+
+// Engine thread only, except Hold, Release and WaitUntilHeld.
+class FakeModelRunner : public engine::ModelRunner {
+ public:
+  explicit FakeModelRunner(const FakeModelRunnerOptions& options);
+
+  absl::Status Submit(const engine::Batch& batch) override;
+  absl::StatusOr<engine::StepResult> Collect() override;
+  const engine::ModelInfo& model_info() const override { return info_; }
+  int num_kv_blocks() const override { return options_.num_kv_blocks; }
+  int block_size() const override { return options_.block_size; }
+  int max_num_tokens() const override { return options_.max_num_tokens; }
+  int max_num_sequences() const override { return options_.max_num_sequences; }
+
+  // Overwrites a block, as if another owner had used it.
+  void Poison(engine::BlockId block);
+
+  // From Hold on, Collect blocks until Release. Any thread.
+  void Hold();
+  void Release();
+  void WaitUntilHeld();  // returns when a Collect is blocked
+
+  int64_t num_steps() const { return num_steps_; }
+
+ private:
+  struct History {
+    std::vector<engine::TokenId> prompt, output;
+    bool in_use = false;
+  };
+
+  void CheckWellFormed(const engine::Batch& batch) const;
+  void CheckResultRow(const engine::Batch& batch, const engine::ResultRow& row) const;
+  void WriteKv(const engine::Batch& batch, const std::vector<engine::TokenId>& tokens);
+  uint64_t ReadContext(const engine::Batch& batch, int sequence, int position) const;
+  engine::ResultRowOutput Produce(const engine::Batch& batch, const engine::ResultRow& row,
+                                  const std::vector<engine::TokenId>& tokens);
+  engine::TokenId Sample(uint64_t context, const engine::ResultRow& row, engine::TokenId last, int position) const;
+
+  const FakeModelRunnerOptions options_;
+  engine::ModelInfo info_;
+  std::vector<uint64_t> slots_;
+  std::vector<History> histories_;
+  std::deque<engine::StepResult> outstanding_;
+  std::vector<engine::TokenId> previous_tokens_;  // of the batch submitted last
+  int64_t num_steps_ = 0;
+
+  std::mutex mutex_;  // guards the gate
+  std::condition_variable gate_;
+  bool hold_ = false;
+  bool held_ = false;
+};
+
+}  // namespace minitron::testing

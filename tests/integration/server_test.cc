@@ -115,6 +115,12 @@ TEST(ServerTest, MissingModelIsExitCode3) {
   EXPECT_EQ(LineCount(server.StandardError()), 1) << server.StandardError();
 }
 
+TEST(ServerTest, UnwritablePortFileIsOneLineAndExitCode2) {
+  ServerProcess server({"--port-file=/nonexistent/ports"});
+  EXPECT_EQ(server.Wait(), 2);
+  EXPECT_EQ(server.StandardError(), "minitron-server: --port-file=/nonexistent/ports: cannot be written\n");
+}
+
 TEST(ServerTest, BadFlagIsExitCode2) {
   ServerProcess server({"--block-size=24"});
   EXPECT_EQ(server.Wait(), 2);

@@ -14,19 +14,27 @@ class ServerProcess {
   explicit ServerProcess(const std::vector<std::string>& extra);
   ~ServerProcess();  // kills it if it still runs
 
-  // Waits for the port file. False when the process ended first.
+  ServerProcess(const ServerProcess&) = delete;
+  ServerProcess& operator=(const ServerProcess&) = delete;
+
+  // Reads the child's log until it says that it is ready, then the port file. False when the process ended first.
   bool WaitUntilReady();
+  // Reads the child's log until `text` was in it. False when the process ended first.
+  bool WaitForLog(const std::string& text);
   void Signal(int number);
   // Waits for the end. The exit code, or -number when a signal killed it.
   int Wait();
-  std::string StandardError() const;  // after Wait
+  const std::string& StandardError() const { return standard_error_; }  // what was read so far; all of it after Wait
 
   int grpc_port = 0;
   int metrics_port = 0;
 
  private:
-  std::string port_file_;
-  std::string error_file_;
+  bool ReadMore();  // false at the end
+
+  std::string folder_;
+  std::string standard_error_;
+  int error_fd_ = -1;
   pid_t pid_ = -1;
   int exit_code_ = 0;
 };

@@ -93,7 +93,7 @@ TEST(ServerTest, SecondSignalEndsAtOnce) {
   ASSERT_TRUE(server.WaitUntilReady()) << server.StandardError();
   server.Signal(SIGTERM);
   // The first must have been taken, or both count as one.
-  while (server.StandardError().find("action=drain") == std::string::npos) usleep(1000);
+  ASSERT_TRUE(server.WaitForLog("action=drain"));
   server.Signal(SIGTERM);
   EXPECT_EQ(server.Wait(), 128 + SIGTERM);
 }
@@ -113,6 +113,12 @@ TEST(ServerTest, MissingModelIsExitCode3) {
   ServerProcess server({"--model=/nonexistent/model"});
   EXPECT_EQ(server.Wait(), 3);
   EXPECT_EQ(LineCount(server.StandardError()), 1) << server.StandardError();
+}
+
+TEST(ServerTest, UnwritablePortFileIsOneLineAndExitCode2) {
+  ServerProcess server({"--port-file=/nonexistent/ports"});
+  EXPECT_EQ(server.Wait(), 2);
+  EXPECT_EQ(server.StandardError(), "minitron-server: --port-file=/nonexistent/ports: cannot be written\n");
 }
 
 TEST(ServerTest, BadFlagIsExitCode2) {

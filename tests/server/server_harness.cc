@@ -45,6 +45,18 @@ void ScriptedEngine::WaitForAborts(int count) {
   changed_.wait(lock, [&] { return num_aborts_ >= count; });
 }
 
+bool ScriptedEngine::WaitForWork() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [&] { return stopped_ || !live_.empty() || !engine_error.empty(); });
+  return !stopped_;
+}
+
+void ScriptedEngine::Stop() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  stopped_ = true;
+  changed_.notify_all();
+}
+
 int ScriptedEngine::num_live() {
   std::lock_guard<std::mutex> lock(mutex_);
   return static_cast<int>(live_.size());
@@ -181,7 +193,7 @@ ServerHarness::ServerHarness() {
 }
 
 ServerHarness::~ServerHarness() {
-  stop_ = true;
+  engine->Stop();
   if (runner_.joinable()) runner_.join();
   server->Shutdown(std::chrono::milliseconds(0));
 }
@@ -196,9 +208,7 @@ std::shared_ptr<grpc::Channel> ServerHarness::Connect() {
 
 void ServerHarness::RunEngine() {
   runner_ = std::thread([this] {
-    while (!stop_) {
-      if (!engine->Step(*output)) std::this_thread::yield();
-    }
+    while (engine->WaitForWork()) engine->Step(*output);
   });
 }
 

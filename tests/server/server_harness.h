@@ -33,6 +33,8 @@ class ScriptedEngine {
   bool Step(OutputProcessor& output);
   void WaitForRequests(int count);  // ever submitted
   void WaitForAborts(int count);
+  bool WaitForWork();  // false once stopped
+  void Stop();
   int num_live();
 
   std::vector<TokenId> script;     // repeated when shorter than the answer
@@ -58,6 +60,7 @@ class ScriptedEngine {
   std::map<scheduler::RequestId, Live> live_;
   int num_submitted_ = 0;
   int num_aborts_ = 0;
+  bool stopped_ = false;
 };
 
 class ServerHarness {
@@ -88,7 +91,6 @@ class ServerHarness {
 
  private:
   std::thread runner_;
-  std::atomic<bool> stop_{false};
 };
 
 }  // namespace minitron::server

@@ -47,9 +47,9 @@ inline constexpr IntLimit kModelNameBytes{"model", 0, 256};
 
 // Text is measured before it is tokenized. 256 KiB holds any prompt of 64 k tokens of English; tokenizing it takes
 // tens of milliseconds, which bounds the time a gRPC thread spends on one call.
-inline constexpr int64_t kMaxTextBytes = 256 * 1024;
+inline constexpr int64_t kMaxTextBytes = int64_t{256} << 10;
 // Ids a call may name before they are looked at one by one (prompts are then bounded by the context).
-inline constexpr int64_t kMaxTokenIds = 256 * 1024;
+inline constexpr int64_t kMaxTokenIds = int64_t{256} << 10;
 inline constexpr int64_t kMaxCancelIds = 1024;
 
 // A streamed message is closed for coalescing once it carries this many tokens: with 20 alternatives each that is

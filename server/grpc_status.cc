@@ -102,7 +102,10 @@ grpc::Status ToGrpcStatus(const absl::Status& status) {
     google::rpc::BadRequest bad_request;
     auto* violation = bad_request.add_field_violations();
     violation->set_field(field);
-    violation->set_description(wire.message());
+    // The message starts with the field; beside the field's own name only the rest says something.
+    const std::string prefix = field + ": ";
+    const bool repeats = wire.message().compare(0, prefix.size(), prefix) == 0;
+    violation->set_description(repeats ? wire.message().substr(prefix.size()) : wire.message());
     wire.add_details()->PackFrom(bad_request);
   }
   if (const std::optional<int> delay = RetryDelayMs(status); delay.has_value()) {

@@ -63,8 +63,8 @@ std::vector<Command> MakeCommands() {
 }  // namespace
 
 const std::vector<Command>& Commands() {
-  static const std::vector<Command> commands = MakeCommands();
-  return commands;
+  static const std::vector<Command> kCommands = MakeCommands();
+  return kCommands;
 }
 
 int Fail(const Session& session, const Error& error) {

@@ -2,6 +2,7 @@
 
 #include <cstdio>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "google/protobuf/util/json_util.h"
@@ -65,7 +66,8 @@ std::string FormatError(const Error& error, const std::string& target) {
   std::string text = absl::StrCat(CodeName(error.code), ": ", error.message.empty() ? "(no message)" : error.message);
   if (!error.reason.empty()) absl::StrAppend(&text, " [", error.reason, "]");
   for (const Violation& violation : error.field_violations) {
-    absl::StrAppend(&text, "; ", violation.subject, ": ", violation.description);
+    const std::string shown = absl::StrCat(violation.subject, ": ", violation.description);
+    if (!absl::StrContains(error.message, shown)) absl::StrAppend(&text, "; ", shown);
   }
   for (const Violation& violation : error.quota_violations) {
     absl::StrAppend(&text, "; quota of ", violation.subject, ": ", violation.description);

@@ -38,6 +38,14 @@ TEST(FormatTest, ErrorIsOneLineWithFieldsRetryAndNextStep) {
   EXPECT_EQ(ExitCode(down), 24);
 }
 
+TEST(FormatTest, AFieldThatTheMessageNamesIsNotNamedAgain) {
+  Error error;
+  error.code = grpc::StatusCode::INVALID_ARGUMENT;
+  error.message = "sampling.top_p: 2 outside (0, 1]";
+  error.field_violations = {{"sampling.top_p", "2 outside (0, 1]"}};
+  EXPECT_EQ(FormatError(error, "host:1"), "INVALID_ARGUMENT: sampling.top_p: 2 outside (0, 1]");
+}
+
 TEST(FormatTest, JsonIsOneLineWithProtoNames) {
   v1::GenerateStreamResponse event;
   event.mutable_started()->set_prompt_token_count(9);

@@ -32,6 +32,7 @@ TEST(GrpcStatusTest, FieldErrorCarriesFieldValueAndLimit) {
   ASSERT_TRUE(Find(status, bad));
   ASSERT_EQ(bad.field_violations_size(), 1);
   EXPECT_EQ(bad.field_violations(0).field(), "x.y");
+  EXPECT_EQ(bad.field_violations(0).description(), "3 outside [0, 2]");
 }
 
 TEST(GrpcStatusTest, UnavailableCarriesRetryInfo) {

@@ -1,0 +1,241 @@
+#include "tests/simulation/world.h"
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+namespace minitron::simulation {
+
+using engine::ResultRowOutput;
+using scheduler::FinishReason;
+using scheduler::Request;
+using scheduler::RequestId;
+using scheduler::Sequence;
+using scheduler::SequenceState;
+using scheduler::StepOutput;
+using scheduler::TimePoint;
+
+World::World(const WorldOptions& options, Marks* marks, Violations* violations)
+    : options_(options),
+      marks_(marks),
+      violations_(violations),
+      runner_(options.runner, options.core.scheduler, marks, violations),
+      core_(options.core, &runner_, this, [this] { return now_; }) {
+  runner_.set_core(&core_);
+}
+
+bool World::Submit(const Request& request) {
+  const int depth = core_.queue_depth();
+  const absl::Status status = core_.Submit(request);
+  if (!status.ok()) {
+    violations_->Expect(status.code() == absl::StatusCode::kUnavailable, "a refusal is typed:", status.ToString());
+    violations_->Expect(status.GetPayload(scheduler::kReasonTypeUrl) == absl::Cord(scheduler::kReasonQueueFull),
+                        "a refusal names its reason");
+    violations_->Expect(depth + request.num_sequences > options_.core.max_queued_requests,
+                        "only a full queue refuses, not one of", depth);
+    marks_->Hit("refused: queue full");
+    return false;
+  }
+  violations_->Expect(core_.queue_depth() <= options_.core.max_queued_requests, "the queue bound is kept");
+  LiveRequest& live = requests_[request.id];
+  live.request = request;
+  for (int i = 0; i < request.num_sequences; ++i) {
+    live.sequences.push_back({.expected = RunUnbatched(request, i, options_.runner)});
+  }
+  return true;
+}
+
+const Sequence* World::Find(RequestId id, int index) const {
+  for (const auto* queue : {&core_.scheduler().running(), &core_.scheduler().waiting()}) {
+    for (const auto& sequence : *queue) {
+      if (sequence->id() == id && sequence->index() == index) return sequence.get();
+    }
+  }
+  return nullptr;
+}
+
+void World::Abort(RequestId id) {
+  core_.Abort(id);
+  const auto live = requests_.find(id);
+  if (live == requests_.end()) return;
+  for (size_t i = 0; i < live->second.sequences.size(); ++i) NoteAbort(live->second.sequences[i], i, id);
+}
+
+void World::AbortSequence(RequestId id, int index) {
+  core_.AbortSequence(id, index);
+  const auto live = requests_.find(id);
+  if (live == requests_.end() || index < 0 || index >= live->second.request.num_sequences) return;
+  NoteAbort(live->second.sequences[index], index, id);
+  if (live->second.request.num_sequences > 1) marks_->Hit("cancelled one of several");
+}
+
+void World::NoteAbort(LiveSequence& live, int index, RequestId id) {
+  if (live.finished) return;
+  live.abort_sent = true;
+  const Sequence* sequence = Find(id, index);
+  if (sequence == nullptr || sequence->state() == SequenceState::kWaiting) {
+    marks_->Hit("cancelled in queue");
+    if (sequence != nullptr && index > 0) marks_->Hit("cancelled follower in queue");
+    return;
+  }
+  if (sequence->num_output_tokens() > 0) return marks_->Hit("cancelled in decode");
+  marks_->Hit("cancelled in prefill");
+  const int num_shareable = core_.scheduler().kv_cache().NumShareableTokens(sequence->request());
+  if (index == 0 && sequence->request().num_sequences > 1 && sequence->num_computed_tokens() < num_shareable) {
+    marks_->Hit("leader aborted before sharing");
+  }
+}
+
+bool World::Step() {
+  std::vector<std::pair<std::shared_ptr<Sequence>, int>> decoding;
+  for (const auto& sequence : core_.scheduler().running()) {
+    if (sequence->is_decoding()) decoding.emplace_back(sequence, sequence->num_output_tokens());
+  }
+  step_start_ = now_;
+  const bool worked = core_.Step();
+  const absl::Status consistent = core_.scheduler().CheckConsistent();
+  violations_->Expect(consistent.ok(), "the scheduler is consistent:", consistent.ToString());
+  for (const auto& [sequence, num_tokens] : decoding) {
+    if (sequence->state() != SequenceState::kRunning) continue;  // finished or preempted
+    violations_->Expect(sequence->num_output_tokens() == num_tokens + 1,
+                        "a decoding sequence gets a token each step:", sequence->id());
+  }
+  CheckEnded();
+  CheckPreemptions();
+  // Whoever still reads a block that is free reads poison.
+  for (const int block : core_.scheduler().kv_cache().allocator().free_blocks()) runner_.fake().Poison(block);
+  return worked;
+}
+
+void World::CheckEnded() {
+  for (const auto& [id, live] : requests_) {
+    const bool expired = live.request.deadline <= step_start_;
+    for (size_t i = 0; i < live.sequences.size(); ++i) {
+      if (!live.sequences[i].abort_sent && !expired) continue;
+      violations_->Expect(live.sequences[i].finished && Find(id, i) == nullptr,
+                          "a cancelled or expired sequence is gone after one step:", id, i);
+    }
+  }
+}
+
+void World::CheckPreemptions() {
+  for (const auto& sequence : core_.scheduler().waiting()) {
+    LiveSequence& live = requests_.at(sequence->id()).sequences[sequence->index()];
+    if (sequence->num_preemptions() == live.num_preemptions) continue;
+    live.num_preemptions = sequence->num_preemptions();
+    marks_->Hit("preempted");
+    if (live.num_preemptions == 2) marks_->Hit("preempted twice");
+    if (sequence->params().NeedsHistory() && live.num_tokens > 0) marks_->Hit("preempted with history");
+    if (sequence->num_output_tokens() == 0) marks_->Hit("preempted in prompt");
+    if (sequence->is_leader() && sequence->request().num_sequences > 1) marks_->Hit("leader preempted");
+    if (sequence->prompt_logprobs_pending() && requests_.at(sequence->id()).num_prompt_logprobs > 0) {
+      marks_->Hit("preempted between prompt logprobs");
+    }
+  }
+}
+
+void World::CheckNothingIsLeft() {
+  for (const auto& [id, live] : requests_) {
+    for (const LiveSequence& sequence : live.sequences) {
+      violations_->Expect(sequence.finished, "every accepted sequence ends:", id);
+    }
+  }
+  violations_->Expect(core_.scheduler().kv_cache().num_used_blocks() == 0, "all blocks come back");
+  violations_->Expect(core_.queue_depth() == 0, "the queue is empty");
+  violations_->Expect(core_.scheduler().num_live_sequences() == 0, "nothing lives");
+}
+
+void World::ExpectSame(const ResultRowOutput& actual, const ResultRowOutput& expected) {
+  const bool same = actual.token_id == expected.token_id && actual.failed == expected.failed &&
+                    actual.chosen == expected.chosen && actual.top == expected.top;
+  violations_->Expect(same, "tokens and logprobs equal the unbatched run:", actual.token_id, expected.token_id);
+  Hash(actual.token_id);
+}
+
+void World::OnStep(StepOutput output) {
+  violations_->Expect(output.engine_error.empty(), "the engine runs on:", output.engine_error);
+  for (const auto& event : output.prompt_logprobs) OnPromptLogprobs(event);
+  for (const auto& event : output.prompts_done) {
+    LiveRequest& live = requests_.at(event.id);
+    violations_->Expect(!live.prompt_done, "PromptDone comes once:", event.id);
+    violations_->Expect(event.num_prompt_tokens == static_cast<int>(live.request.prompt_token_ids.size()),
+                        "PromptDone counts the prompt:", event.id);
+    live.prompt_done = true;
+  }
+  for (const auto& event : output.tokens) OnToken(event);
+  for (const auto& event : output.finished) OnFinish(event);
+}
+
+void World::OnPromptLogprobs(const scheduler::PromptLogprobsEvent& event) {
+  LiveRequest& live = requests_.at(event.id);
+  violations_->Expect(!live.prompt_done && !live.sequences[0].finished,
+                      "prompt logprobs come before PromptDone:", event.id);
+  violations_->Expect(event.first_position ==
+                          std::max(1, live.request.prompt_logprobs_start) + static_cast<int>(live.num_prompt_logprobs),
+                      "prompt logprobs have no gaps:", event.id, event.first_position);
+  if (++live.num_prompt_logprob_chunks == 2) marks_->Hit("prompt logprobs in several chunks");
+  const std::vector<ResultRowOutput>& expected = live.sequences[0].expected.prompt_logprobs;
+  for (const ResultRowOutput& row : event.positions) {
+    if (live.num_prompt_logprobs >= expected.size()) {
+      return violations_->Expect(false, "no more prompt logprobs than asked for:", event.id);
+    }
+    ExpectSame(row, expected[live.num_prompt_logprobs++]);
+  }
+}
+
+void World::OnToken(const scheduler::TokenEvent& event) {
+  LiveRequest& live = requests_.at(event.id);
+  LiveSequence& sequence = live.sequences.at(event.index);
+  violations_->Expect(live.prompt_done, "no token before PromptDone:", event.id);
+  violations_->Expect(!sequence.finished, "no token after the end:", event.id, event.index);
+  violations_->Expect(!sequence.abort_sent, "no token after the abort:", event.id, event.index);
+  violations_->Expect(live.request.deadline > step_start_, "no token after the deadline:", event.id, event.index);
+  const bool in_order = event.output_position == static_cast<int>(sequence.num_tokens) &&
+                        sequence.num_tokens < sequence.expected.tokens.size();
+  violations_->Expect(in_order, "tokens come in order, once, and not too many:", event.id, event.output_position);
+  if (in_order) ExpectSame(event.output, sequence.expected.tokens[sequence.num_tokens++]);
+}
+
+void World::OnFinish(const scheduler::FinishEvent& event) {
+  LiveRequest& live = requests_.at(event.id);
+  LiveSequence& sequence = live.sequences.at(event.index);
+  violations_->Expect(!sequence.finished, "a sequence ends once:", event.id, event.index);
+  sequence.finished = true;
+  Hash(event.id * 64 + event.index * 8 + static_cast<int>(event.reason));
+  violations_->Expect(event.num_output_tokens == static_cast<int>(sequence.num_tokens) &&
+                          event.num_prompt_tokens == static_cast<int>(live.request.prompt_token_ids.size()),
+                      "usage counts what was sent:", event.id, event.num_output_tokens, sequence.num_tokens);
+  if (event.index > 0 && event.num_cached_tokens > 0) marks_->Hit("follower shared prefix");
+  const bool never_ran = event.first_scheduled == TimePoint{};
+  switch (event.reason) {
+    case FinishReason::kCancelled:
+      return violations_->Expect(sequence.abort_sent, "only the cancelled end as cancelled:", event.id);
+    case FinishReason::kDeadline:
+      violations_->Expect(live.request.deadline <= step_start_, "only the expired end by deadline:", event.id);
+      if (never_ran) marks_->Hit("deadline in queue");
+      if (sequence.num_tokens > 0) marks_->Hit("deadline after tokens");
+      return;
+    default:
+      CheckOutcome(live, sequence, event);
+  }
+}
+
+void World::CheckOutcome(const LiveRequest& live, const LiveSequence& sequence, const scheduler::FinishEvent& event) {
+  violations_->Expect(event.reason == sequence.expected.reason, "the finish reason is the oracle's:", event.id);
+  if (event.reason == FinishReason::kError) return marks_->Hit("row not finite");
+  violations_->Expect(live.prompt_done, "PromptDone comes before the end:", event.id);
+  violations_->Expect(sequence.num_tokens == sequence.expected.tokens.size(), "all tokens are sent:", event.id);
+  if (event.index == 0) {
+    violations_->Expect(live.num_prompt_logprobs == sequence.expected.prompt_logprobs.size(),
+                        "all prompt logprobs are sent:", event.id);
+  }
+  if (live.request.max_tokens == 0) marks_->Hit("scored only");
+  if (event.reason != FinishReason::kLength && !sequence.expected.tokens.empty()) {
+    marks_->Hit("stopped by token");
+    violations_->Expect(event.stop_token == sequence.expected.tokens.back().token_id,
+                        "the stop token is named:", event.id);
+  }
+  marks_->Hit("finished unharmed");
+}
+
+}  // namespace minitron::simulation

@@ -1,0 +1,91 @@
+// World: the real EngineCore in one thread, with a virtual clock, over a fake runner that notices wrong memory. Whoever
+// drives it (a seed, an enumeration, a script) submits, aborts, steps and lets time pass; the world checks every event
+// against the unbatched oracle and the invariants after every step.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "scheduler/engine_core.h"
+#include "tests/simulation/batch_checker.h"
+#include "tests/simulation/marks.h"
+#include "tests/simulation/unbatched_oracle.h"
+
+namespace minitron::simulation {
+
+struct WorldOptions {
+  testing::FakeModelRunnerOptions runner;
+  scheduler::EngineCoreOptions core;
+};
+
+struct LiveSequence {
+  OracleOutput expected;
+  size_t num_tokens = 0;
+  bool abort_sent = false;
+  bool finished = false;
+  int num_preemptions = 0;
+};
+
+struct LiveRequest {
+  scheduler::Request request;
+  std::vector<LiveSequence> sequences;
+  size_t num_prompt_logprobs = 0;
+  int num_prompt_logprob_chunks = 0;
+  bool prompt_done = false;
+};
+
+class World : public scheduler::StepSink {
+ public:
+  // `marks` and `violations` must outlive this object.
+  World(const WorldOptions& options, Marks* marks, Violations* violations);
+
+  World(const World&) = delete;
+  World& operator=(const World&) = delete;
+
+  // Ids must be new. A refusal must be typed and deserved; returns whether the request was accepted.
+  bool Submit(const scheduler::Request& request);
+  // Ids and indices that do not exist must be ignored.
+  void Abort(scheduler::RequestId id);
+  void AbortSequence(scheduler::RequestId id, int index);
+
+  // One step of the engine, then the invariants. Returns whether there was work.
+  bool Step();
+  void Advance(scheduler::Duration duration) { now_ += duration; }
+
+  // Whether everything accepted has ended and everything is given back. Call when idle() is true.
+  void CheckNothingIsLeft();
+
+  void OnStep(scheduler::StepOutput output) override;
+
+  bool idle() const { return core_.idle(); }
+  scheduler::TimePoint now() const { return now_; }
+  const scheduler::EngineCore& core() const { return core_; }
+  const std::map<scheduler::RequestId, LiveRequest>& requests() const { return requests_; }
+  uint64_t event_hash() const { return event_hash_; }  // of all events so far: equal for equal runs
+
+ private:
+  const scheduler::Sequence* Find(scheduler::RequestId id, int index) const;
+  void NoteAbort(LiveSequence& live, int index, scheduler::RequestId id);
+
+  void CheckEnded();
+  void CheckPreemptions();
+  void OnPromptLogprobs(const scheduler::PromptLogprobsEvent& event);
+  void OnToken(const scheduler::TokenEvent& event);
+  void OnFinish(const scheduler::FinishEvent& event);
+  void CheckOutcome(const LiveRequest& live, const LiveSequence& sequence, const scheduler::FinishEvent& event);
+  void ExpectSame(const engine::ResultRowOutput& actual, const engine::ResultRowOutput& expected);
+  void Hash(uint64_t value) { event_hash_ = (event_hash_ ^ value) * 0x100000001B3ull; }
+
+  const WorldOptions options_;
+  Marks* const marks_;            // owned by the caller of the constructor
+  Violations* const violations_;  // likewise
+  scheduler::TimePoint now_ = scheduler::TimePoint(std::chrono::seconds(1));
+  scheduler::TimePoint step_start_;
+  BatchChecker runner_;
+  scheduler::EngineCore core_;
+  std::map<scheduler::RequestId, LiveRequest> requests_;
+  uint64_t event_hash_ = 0xCBF29CE484222325ull;
+};
+
+}  // namespace minitron::simulation

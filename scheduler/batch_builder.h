@@ -2,7 +2,7 @@
 #pragma once
 
 #include "engine/batch.h"
-#include "scheduler/scheduler.h"
+#include "scheduler/scheduler_output.h"
 
 namespace minitron::scheduler {
 

@@ -33,7 +33,7 @@ EngineCore::EngineCore(const EngineCoreOptions& options, engine::ModelRunner* ru
 EngineCore::~EngineCore() { Stop(); }
 
 absl::Status EngineCore::CheckFits(const Request& request) const {
-  RETURN_IF_ERROR(Scheduler::CheckFits(request, limits_));
+  RETURN_IF_ERROR(scheduler::CheckFits(request, limits_));
   if (request.num_sequences > options_.max_queued_requests) {
     return absl::InvalidArgumentError(
         absl::StrCat("num_sequences ", request.num_sequences, " exceeds the queue of ", options_.max_queued_requests));

@@ -13,71 +13,21 @@
 #include <map>
 #include <memory>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
-#include "engine/model_runner.h"
 #include "scheduler/kv_cache_manager.h"
+#include "scheduler/scheduler_options.h"
+#include "scheduler/scheduler_output.h"
 #include "scheduler/sequence.h"
 #include "scheduler/step_output.h"
 
 namespace minitron::scheduler {
 
-struct SchedulerOptions {
-  int max_running_sequences = 0;       // [0, 65536]; 0: the runner's limit, which also caps it
-  int max_step_tokens = 0;             // [0, 1048576]; 0: the runner's limit, which also caps it
-  int max_prefill_chunk = 256;         // [1, 1048576]; prompt tokens of one sequence per step
-  int max_logprob_rows_per_step = 64;  // [1, 65536]; prompt logprobs of one sequence per step
-
-  // Error: INVALID_ARGUMENT naming the field, its value and its range.
-  absl::Status Validate() const;
-};
-
-// What the runner can do; fixed after load.
-struct RunnerLimits {
-  int num_kv_blocks = 0;
-  int block_size = 0;          // tokens
-  int max_num_tokens = 0;      // per step
-  int max_num_sequences = 0;   // per step; history slots are [0, 2 * max_num_sequences)
-  int max_context_tokens = 0;  // prompt and output together
-  int vocab_size = 0;
-
-  static RunnerLimits Of(const engine::ModelRunner& runner);
-};
-
-// One sequence's part of a step: tokens [first_position, first_position + num_tokens).
-struct ScheduledSequence {
-  std::shared_ptr<Sequence> sequence;  // shared: the batch borrows from it until its results are read
-  int first_position = 0;
-  int num_tokens = 0;
-  // Result rows, in this order: logprobs of prompt positions [first_prompt_logprob, + num_prompt_logprobs), each from
-  // the row before it; then the sampled token.
-  int first_prompt_logprob = 0;
-  int num_prompt_logprobs = 0;
-  bool samples = false;
-  bool resets_history = false;
-
-  int num_result_rows() const { return num_prompt_logprobs + (samples ? 1 : 0); }
-};
-
-// The plan of one step.
-struct SchedulerOutput {
-  std::vector<ScheduledSequence> sequences;
-  std::vector<RequestId> preempted;  // once per preempted sequence
-  int num_tokens = 0;
-  int num_prompt_tokens = 0;
-  int block_size = 0;
-};
-
 class Scheduler {
  public:
   // CHECKs that options are valid.
   Scheduler(const SchedulerOptions& options, const RunnerLimits& limits);
-
-  // Whether a request can ever run. Pure, any thread.
-  // Error: INVALID_ARGUMENT with the arithmetic.
-  static absl::Status CheckFits(const Request& request, const RunnerLimits& limits);
 
   // Queues the request's sequences. CHECKs CheckFits, and that no live request has this id.
   void Add(Request request);

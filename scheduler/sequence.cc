@@ -89,4 +89,8 @@ bool ServedBefore::operator()(const Sequence& a, const Sequence& b) const {
   return key(a) < key(b);
 }
 
+void InsertInOrder(const std::shared_ptr<Sequence>& sequence, std::vector<std::shared_ptr<Sequence>>& queue) {
+  queue.insert(std::upper_bound(queue.begin(), queue.end(), sequence, ServedBefore()), sequence);
+}
+
 }  // namespace minitron::scheduler

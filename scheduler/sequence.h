@@ -107,4 +107,7 @@ struct ServedBefore {
   }
 };
 
+// Puts `sequence` behind all that are served before it or are its equals.
+void InsertInOrder(const std::shared_ptr<Sequence>& sequence, std::vector<std::shared_ptr<Sequence>>& queue);
+
 }  // namespace minitron::scheduler

@@ -2,6 +2,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "scheduler/scheduler.h"
 
 namespace minitron::scheduler {
 namespace {

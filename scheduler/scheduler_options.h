@@ -1,0 +1,36 @@
+// What the scheduler may do (options) and what the runner can (limits), and whether a request can ever run within them.
+#pragma once
+
+#include "absl/status/status.h"
+#include "engine/model_runner.h"
+#include "scheduler/request.h"
+
+namespace minitron::scheduler {
+
+struct SchedulerOptions {
+  int max_running_sequences = 0;       // [0, 65536]; 0: the runner's limit, which also caps it
+  int max_step_tokens = 0;             // [0, 1048576]; 0: the runner's limit, which also caps it
+  int max_prefill_chunk = 256;         // [1, 1048576]; prompt tokens of one sequence per step
+  int max_logprob_rows_per_step = 64;  // [1, 65536]; prompt logprobs of one sequence per step
+
+  // Error: INVALID_ARGUMENT naming the field, its value and its range.
+  absl::Status Validate() const;
+};
+
+// What the runner can do; fixed after load.
+struct RunnerLimits {
+  int num_kv_blocks = 0;
+  int block_size = 0;          // tokens
+  int max_num_tokens = 0;      // per step
+  int max_num_sequences = 0;   // per step; history slots are [0, 2 * max_num_sequences)
+  int max_context_tokens = 0;  // prompt and output together
+  int vocab_size = 0;
+
+  static RunnerLimits Of(const engine::ModelRunner& runner);
+};
+
+// Whether a request can ever run. Pure, any thread.
+// Error: INVALID_ARGUMENT with the arithmetic.
+absl::Status CheckFits(const Request& request, const RunnerLimits& limits);
+
+}  // namespace minitron::scheduler

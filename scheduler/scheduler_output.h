@@ -1,0 +1,36 @@
+// SchedulerOutput: the plan of one step, as tokens and block tables of sequences. BuildBatch turns it into arrays.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "scheduler/request.h"
+#include "scheduler/sequence.h"
+
+namespace minitron::scheduler {
+
+// One sequence's part of a step: tokens [first_position, first_position + num_tokens).
+struct ScheduledSequence {
+  std::shared_ptr<Sequence> sequence;  // shared: the batch borrows from it until its results are read
+  int first_position = 0;
+  int num_tokens = 0;
+  // Result rows, in this order: logprobs of prompt positions [first_prompt_logprob, + num_prompt_logprobs), each from
+  // the row before it; then the sampled token.
+  int first_prompt_logprob = 0;
+  int num_prompt_logprobs = 0;
+  bool samples = false;
+  bool resets_history = false;
+
+  int num_result_rows() const { return num_prompt_logprobs + (samples ? 1 : 0); }
+};
+
+// The plan of one step.
+struct SchedulerOutput {
+  std::vector<ScheduledSequence> sequences;
+  std::vector<RequestId> preempted;  // once per preempted sequence
+  int num_tokens = 0;
+  int num_prompt_tokens = 0;
+  int block_size = 0;
+};
+
+}  // namespace minitron::scheduler

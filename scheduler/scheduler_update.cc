@@ -1,0 +1,89 @@
+// Scheduler, second half of a step: what the results mean for the sequences and for the world.
+#include <algorithm>
+
+#include "engine/base/check.h"
+#include "scheduler/scheduler.h"
+
+namespace minitron::scheduler {
+namespace {
+
+bool Contains(const std::vector<TokenId>& tokens, TokenId token) {
+  return std::find(tokens.begin(), tokens.end(), token) != tokens.end();
+}
+
+}  // namespace
+
+StepOutput Scheduler::Update(const SchedulerOutput& plan, const engine::StepResult& result, TimePoint now) {
+  StepOutput output;
+  const std::span<const engine::ResultRowOutput> rows(result.rows);
+  size_t next_row = 0;
+  for (const ScheduledSequence& scheduled : plan.sequences) {
+    const size_t num_rows = scheduled.num_result_rows();
+    CHECK(next_row + num_rows <= rows.size());
+    ApplyResult(scheduled, rows.subspan(next_row, num_rows), now, output);
+    next_row += num_rows;
+  }
+  CHECK(next_row == rows.size());
+  output.finished = TakePendingEvents();
+  output.stats.num_running = static_cast<int>(running_.size());
+  output.stats.num_waiting = static_cast<int>(waiting_.size());
+  output.stats.num_blocks_used = kv_cache_.num_used_blocks();
+  output.stats.num_blocks = kv_cache_.num_blocks();
+  output.stats.num_batch_sequences = static_cast<int>(plan.sequences.size());
+  output.stats.num_batch_tokens = plan.num_tokens;
+  output.stats.num_prompt_tokens = plan.num_prompt_tokens;
+  output.stats.num_preemptions = static_cast<int>(plan.preempted.size());
+  output.stats.time = now;
+  return output;
+}
+
+void Scheduler::ApplyResult(const ScheduledSequence& scheduled, std::span<const engine::ResultRowOutput> rows,
+                            TimePoint now, StepOutput& output) {
+  const std::shared_ptr<Sequence>& sequence = scheduled.sequence;
+  // Aborted while the step ran: nobody waits for this result.
+  if (sequence->state() != SequenceState::kRunning || sequence->abort_requested()) return;
+  const bool failed = std::any_of(rows.begin(), rows.end(), [this](const engine::ResultRowOutput& row) {
+    return row.failed || row.token_id < 0 || row.token_id >= limits_.vocab_size;
+  });
+  if (failed) return Finish(sequence, FinishReason::kError);
+
+  sequence->AdvanceComputed(scheduled.num_tokens);
+  if (scheduled.num_prompt_logprobs > 0) {
+    const auto prompt_rows = rows.first(scheduled.num_prompt_logprobs);
+    output.prompt_logprobs.push_back({.id = sequence->id(),
+                                      .first_position = scheduled.first_prompt_logprob,
+                                      .positions = {prompt_rows.begin(), prompt_rows.end()}});
+    sequence->AdvancePromptLogprobs(scheduled.num_prompt_logprobs);
+  }
+  LiveRequest& live = requests_.at(sequence->id());
+  if (!live.prompt_done && sequence->num_computed_tokens() >= sequence->num_prompt_tokens()) {
+    live.prompt_done = true;
+    output.prompts_done.push_back({.id = sequence->id(),
+                                   .num_prompt_tokens = sequence->num_prompt_tokens(),
+                                   .num_cached_tokens = sequence->num_cached_tokens()});
+  }
+  if (scheduled.samples) {
+    ApplySampledToken(sequence, rows.back(), now, output);
+  } else if (sequence->num_wanted_tokens() == 0) {
+    Finish(sequence, FinishReason::kLength);  // nothing to generate was asked for
+  }
+}
+
+void Scheduler::ApplySampledToken(const std::shared_ptr<Sequence>& sequence, const engine::ResultRowOutput& row,
+                                  TimePoint now, StepOutput& output) {
+  output.tokens.push_back({.id = sequence->id(),
+                           .index = sequence->index(),
+                           .output_position = sequence->num_output_tokens(),
+                           .output = row});
+  sequence->AppendOutput(row.token_id, now);
+  const Request& request = sequence->request();
+  if (Contains(request.eos_token_ids, row.token_id)) {
+    Finish(sequence, FinishReason::kEosToken, row.token_id);
+  } else if (Contains(request.stop_token_ids, row.token_id)) {
+    Finish(sequence, FinishReason::kStopToken, row.token_id);
+  } else if (sequence->num_output_tokens() >= request.max_tokens) {
+    Finish(sequence, FinishReason::kLength);  // the context length cannot come first: CheckFits
+  }
+}
+
+}  // namespace minitron::scheduler

@@ -31,7 +31,7 @@ struct GroupEnd {
 struct CudaThread {
   Fiber fiber;
   State state = State::kRunning;
-  std::source_location where;  // of the barrier or collective it waits at
+  Where where = Where::Current();  // of the barrier or collective it waits at
   Dim3 index;
   unsigned lane = 0;
   unsigned warp = 0;
@@ -89,7 +89,7 @@ constexpr size_t kSharedGuardBytes = 1 << 10;  // poisoned on both sides
 
 CudaThread& Current() { return *runner->current; }
 
-void Wait(State state, const std::source_location& where) {
+void Wait(State state, const Where& where) {
   CudaThread& thread = Current();
   thread.state = state;
   thread.where = where;
@@ -100,7 +100,7 @@ void ThreadMain() {
   Acquire(&runner->block_start);
   runner->body(runner->argument);
   if (Current().num_popped < Current().copies.size()) {
-    Die("the thread ended with a cp.async it never waited for", std::source_location::current());
+    Die("the thread ended with a cp.async it never waited for", Where::Current());
   }
   Release(&runner->block_end);
   Current().state = State::kDone;
@@ -159,19 +159,17 @@ class SharedBuffer {
 };
 
 [[noreturn]] void DieOfDivergence(const char* what, const CudaThread& a, const CudaThread& b) {
-  std::fprintf(stderr, "emulation: %s: thread %u at %s:%u, thread %u ", what, a.index.x, a.where.file_name(),
-               a.where.line(), b.index.x);
+  std::fprintf(stderr, "emulation: %s: thread %u at %s:%d, thread %u ", what, a.index.x, a.where.file, a.where.line,
+               b.index.x);
   if (b.state == State::kDone) {
     std::fprintf(stderr, "has ended\n");
   } else {
-    std::fprintf(stderr, "at %s:%u\n", b.where.file_name(), b.where.line());
+    std::fprintf(stderr, "at %s:%d\n", b.where.file, b.where.line);
   }
   std::abort();
 }
 
-bool SamePlace(const std::source_location& a, const std::source_location& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
-}
+bool SamePlace(const Where& a, const Where& b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
 // All lanes of the warp are at a collective: computes it and lets them run on.
 void CompleteCollective(unsigned warp_index) {
@@ -204,20 +202,16 @@ void CompleteBarrier() {
 
 // Nobody can run and somebody waits: names one waiting thread and one that will never join it.
 [[noreturn]] void DieOfDeadlock() {
-  const CudaThread* waiting = nullptr;
-  const CudaThread* other = nullptr;
+  unsigned waiting = 0;
+  while (runner->threads[waiting].thread->state == State::kDone) ++waiting;
+  const CudaThread& a = *runner->threads[waiting].thread;
+  unsigned other = waiting;
   for (unsigned i = 0; i < runner->num_threads; ++i) {
-    const CudaThread& thread = *runner->threads[i].thread;
-    if (thread.state != State::kDone && waiting == nullptr) waiting = &thread;
+    const CudaThread& b = *runner->threads[i].thread;
+    if (b.state != a.state || !SamePlace(a.where, b.where)) other = i;
   }
-  for (unsigned i = 0; i < runner->num_threads; ++i) {
-    const CudaThread& thread = *runner->threads[i].thread;
-    if (thread.state != waiting->state || (thread.state != State::kDone && !SamePlace(thread.where, waiting->where))) {
-      other = &thread;
-    }
-  }
-  DieOfDivergence(waiting->state == State::kAtBarrier ? "divergent block barrier" : "divergent warp collective",
-                  *waiting, other != nullptr ? *other : *waiting);
+  DieOfDivergence(a.state == State::kAtBarrier ? "divergent block barrier" : "divergent warp collective", a,
+                  *runner->threads[other].thread);
 }
 
 void PrepareBlock(SharedBuffer& shared) {
@@ -265,7 +259,7 @@ void RunBlock(SharedBuffer& shared, std::vector<Index>& order, std::mt19937_64& 
   }
   Acquire(&r.block_end);
   if (shared.FindOverrun(r.shared, r.shared_bytes) != nullptr) {
-    Die("the block wrote outside its shared memory", std::source_location::current());
+    Die("the block wrote outside its shared memory", Where::Current());
   }
 }
 
@@ -312,14 +306,14 @@ void RunGrid(Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(void*), vo
   runner = nullptr;
 }
 
-void Die(const char* what, const std::source_location& where) {
+void Die(const char* what, const Where& where) {
   std::fprintf(stderr, "emulation: %s", what);
   if (runner != nullptr && runner->current != nullptr) {
     const Dim3 block = runner->block_index, thread = runner->current->index;
     std::fprintf(stderr, ": block (%u, %u, %u) thread (%u, %u, %u)", block.x, block.y, block.z, thread.x, thread.y,
                  thread.z);
   }
-  std::fprintf(stderr, " at %s:%u\n", where.file_name(), where.line());
+  std::fprintf(stderr, " at %s:%d\n", where.file, where.line);
   std::abort();
 }
 
@@ -330,15 +324,14 @@ Dim3 GridDim() { return runner->grid; }
 unsigned LaneIndex() { return Current().lane; }
 unsigned char* SharedMemory() { return runner->shared; }
 
-void BlockBarrier(const std::source_location& where) {
+void BlockBarrier(const Where& where) {
   void* sync = runner->barrier_sync[runner->barrier_generation & 1];
   Release(sync);
   Wait(State::kAtBarrier, where);
   Acquire(sync);
 }
 
-const Slot* WarpCollective(const void* input, size_t num_bytes, void (*compute)(Slot*),
-                           const std::source_location& where) {
+const Slot* WarpCollective(const void* input, size_t num_bytes, void (*compute)(Slot*), const Where& where) {
   CHECK(num_bytes <= kSlotBytes);
   Warp& warp = runner->warps[Current().warp];
   const unsigned parity = warp.generation & 1;
@@ -367,11 +360,11 @@ namespace {
 
 uint32_t Register(const Slot* slots, unsigned lane, unsigned index) {
   uint32_t value;
-  std::memcpy(&value, slots[lane].bytes + 4 * index, sizeof(value));
+  std::memcpy(&value, slots[lane].bytes + size_t{4} * index, sizeof(value));
   return value;
 }
 void SetRegister(Slot* slots, unsigned lane, unsigned index, uint32_t value) {
-  std::memcpy(slots[lane].bytes + 4 * index, &value, sizeof(value));
+  std::memcpy(slots[lane].bytes + size_t{4} * index, &value, sizeof(value));
 }
 float HalfOf(uint32_t value, unsigned half) {
   return std::bit_cast<float>(half != 0 ? value & 0xFFFF0000u : value << 16);
@@ -399,7 +392,7 @@ void ComputeLoadMatrixTransposed(Slot* slots) { LoadMatrix(slots, true); }
 void ComputeTransposeMatrix(Slot* slots) {
   uint16_t matrix[8][8];
   for (unsigned lane = 0; lane < kWarpSize; ++lane)
-    std::memcpy(&matrix[lane / 4][2 * (lane % 4)], slots[lane].bytes, 4);
+    std::memcpy(&matrix[lane / 4][size_t{2} * (lane % 4)], slots[lane].bytes, 4);
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     const unsigned i = lane / 4, j = 2 * (lane % 4);
     SetRegister(slots, lane, 0, matrix[j][i] | static_cast<uint32_t>(matrix[j + 1][i]) << 16);

@@ -11,7 +11,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <source_location>
 
 namespace minitron::engine::cuda {
 
@@ -20,6 +19,15 @@ struct Dim3 {
 };
 
 namespace emulation {
+
+// A place in a kernel's source. As a default argument Where::Current() is the place of the call.
+struct Where {
+  const char* file;
+  int line;
+  static constexpr Where Current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
 
 inline constexpr unsigned kWarpSize = 32;
 inline constexpr unsigned kMaxThreadsPerBlock = 1024;
@@ -34,7 +42,7 @@ void SetOrder(Order order, uint64_t seed = 1);
 void RunGrid(Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(void*), void* argument);
 
 // Prints what went wrong, in which block and thread, and aborts.
-[[noreturn]] void Die(const char* what, const std::source_location& where);
+[[noreturn]] void Die(const char* what, const Where& where);
 
 // --- Called from inside a kernel. ---
 
@@ -45,7 +53,7 @@ Dim3 GridDim();
 unsigned LaneIndex();
 unsigned char* SharedMemory();
 
-void BlockBarrier(const std::source_location& where);
+void BlockBarrier(const Where& where);
 
 // One lane's contribution to a warp collective, and its result.
 inline constexpr size_t kSlotBytes = 64;
@@ -55,8 +63,7 @@ struct alignas(16) Slot {
 
 // Waits until every lane of the warp is here with `num_bytes` of input, runs compute(slots) once for the warp, and
 // returns the 32 slots; they stay valid until the lane's next collective. `compute` may be null.
-const Slot* WarpCollective(const void* input, size_t num_bytes, void (*compute)(Slot*),
-                           const std::source_location& where);
+const Slot* WarpCollective(const void* input, size_t num_bytes, void (*compute)(Slot*), const Where& where);
 
 // The asynchronous copies of the calling thread.
 struct PendingCopy {

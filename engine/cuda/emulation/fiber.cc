@@ -7,6 +7,7 @@
 #include "engine/base/check.h"
 
 // The sanitizers' hooks are weak: this file is compiled without instrumentation and serves every build.
+// NOLINTBEGIN(bugprone-reserved-identifier,readability-identifier-naming): the sanitizers' names
 extern "C" {
 __attribute__((weak)) void* __tsan_get_current_fiber();
 __attribute__((weak)) void* __tsan_create_fiber(unsigned flags);
@@ -20,6 +21,7 @@ __attribute__((weak)) void __asan_unpoison_memory_region(void const volatile* be
 // Saves the callee-saved registers on the current stack and its pointer in *save, then continues on the stack `load`.
 void minitron_switch_stack(void** save, void* load);
 }
+// NOLINTEND(bugprone-reserved-identifier,readability-identifier-naming)
 
 #if !defined(__x86_64__)
 #error "the emulation's context switch is written for x86-64"

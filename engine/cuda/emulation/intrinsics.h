@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <source_location>
 
 #include "engine/cuda/emulation/block.h"
 #include "engine/cuda/emulation/runtime_api.h"
@@ -16,7 +15,7 @@
 
 namespace minitron::engine::cuda {
 
-using Where = std::source_location;
+using emulation::Where;
 
 inline Dim3 ThreadIndex() { return emulation::ThreadIndex(); }
 inline Dim3 BlockIndex() { return emulation::BlockIndex(); }
@@ -24,34 +23,34 @@ inline Dim3 BlockDim() { return emulation::BlockDim(); }
 inline Dim3 GridDim() { return emulation::GridDim(); }
 inline unsigned char* SharedMemory() { return emulation::SharedMemory(); }
 
-inline void SyncThreads(const Where& where = Where::current()) { emulation::BlockBarrier(where); }
-inline void SyncWarp(const Where& where = Where::current()) { emulation::WarpCollective(nullptr, 0, nullptr, where); }
+inline void SyncThreads(const Where& where = Where::Current()) { emulation::BlockBarrier(where); }
+inline void SyncWarp(const Where& where = Where::Current()) { emulation::WarpCollective(nullptr, 0, nullptr, where); }
 
 template <typename T>
-T Shuffle(T value, int source_lane, const Where& where = Where::current()) {
+T Shuffle(T value, int source_lane, const Where& where = Where::Current()) {
   const emulation::Slot* slots = emulation::WarpCollective(&value, sizeof(T), nullptr, where);
   T result;
   std::memcpy(&result, slots[source_lane & 31].bytes, sizeof(T));
   return result;
 }
 template <typename T>
-T ShuffleXor(T value, int lane_mask, const Where& where = Where::current()) {
+T ShuffleXor(T value, int lane_mask, const Where& where = Where::Current()) {
   return Shuffle(value, static_cast<int>(emulation::LaneIndex()) ^ lane_mask, where);
 }
 // The value `delta` lanes below; the own value in the first `delta` lanes.
 template <typename T>
-T ShuffleUp(T value, int delta, const Where& where = Where::current()) {
+T ShuffleUp(T value, int delta, const Where& where = Where::Current()) {
   const int lane = static_cast<int>(emulation::LaneIndex());
   return Shuffle(value, lane >= delta ? lane - delta : lane, where);
 }
-inline uint32_t Ballot(bool predicate, const Where& where = Where::current()) {
+inline uint32_t Ballot(bool predicate, const Where& where = Where::Current()) {
   const unsigned char vote = predicate ? 1 : 0;
   const emulation::Slot* slots = emulation::WarpCollective(&vote, 1, nullptr, where);
   uint32_t votes = 0;
   for (unsigned lane = 0; lane < emulation::kWarpSize; ++lane) votes |= uint32_t{slots[lane].bytes[0]} << lane;
   return votes;
 }
-inline bool Any(bool predicate, const Where& where = Where::current()) { return Ballot(predicate, where) != 0; }
+inline bool Any(bool predicate, const Where& where = Where::Current()) { return Ballot(predicate, where) != 0; }
 
 inline void CheckAligned(const void* pointer, size_t alignment, const char* what, const Where& where) {
   if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) emulation::Die(what, where);
@@ -61,16 +60,16 @@ inline void CheckAligned(const void* pointer, size_t alignment, const char* what
 struct alignas(16) Vector16 {
   uint32_t words[4];
 };
-inline Vector16 Load16(const void* source, const Where& where = Where::current()) {
+inline Vector16 Load16(const void* source, const Where& where = Where::Current()) {
   CheckAligned(source, 16, "misaligned 16-byte load", where);
   return *static_cast<const Vector16*>(source);
 }
-inline void Store16(void* destination, const Vector16& value, const Where& where = Where::current()) {
+inline void Store16(void* destination, const Vector16& value, const Where& where = Where::Current()) {
   CheckAligned(destination, 16, "misaligned 16-byte store", where);
   *static_cast<Vector16*>(destination) = value;
 }
 
-inline void CpAsync16(void* shared, const void* global, bool valid, const Where& where = Where::current()) {
+inline void CpAsync16(void* shared, const void* global, bool valid, const Where& where = Where::Current()) {
   CheckAligned(shared, 16, "misaligned cp.async destination", where);
   CheckAligned(global, 16, "misaligned cp.async source", where);
   emulation::PushCopy({shared, global, valid});
@@ -92,13 +91,13 @@ inline void LoadMatrixRows(uint32_t (&registers)[4], const void* row, void (*com
   const emulation::Slot* slots = emulation::WarpCollective(&own, sizeof(own), compute, where);
   std::memcpy(registers, slots[emulation::LaneIndex()].bytes, sizeof(registers));
 }
-inline void LoadMatrix4(uint32_t (&registers)[4], const void* row, const Where& where = Where::current()) {
+inline void LoadMatrix4(uint32_t (&registers)[4], const void* row, const Where& where = Where::Current()) {
   LoadMatrixRows(registers, row, &emulation::ComputeLoadMatrix, where);
 }
-inline void LoadMatrix4Transposed(uint32_t (&registers)[4], const void* row, const Where& where = Where::current()) {
+inline void LoadMatrix4Transposed(uint32_t (&registers)[4], const void* row, const Where& where = Where::Current()) {
   LoadMatrixRows(registers, row, &emulation::ComputeLoadMatrixTransposed, where);
 }
-inline uint32_t TransposeMatrix(uint32_t fragment, const Where& where = Where::current()) {
+inline uint32_t TransposeMatrix(uint32_t fragment, const Where& where = Where::Current()) {
   const emulation::Slot* slots =
       emulation::WarpCollective(&fragment, sizeof(fragment), &emulation::ComputeTransposeMatrix, where);
   uint32_t result;
@@ -106,7 +105,7 @@ inline uint32_t TransposeMatrix(uint32_t fragment, const Where& where = Where::c
   return result;
 }
 inline void MmaBf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                    const Where& where = Where::current()) {
+                    const Where& where = Where::Current()) {
   uint32_t registers[10] = {a[0], a[1], a[2], a[3], b0, b1};
   std::memcpy(registers + 6, c, sizeof(c));
   const emulation::Slot* slots =

@@ -15,9 +15,7 @@
 #include "engine/base/check.h"
 #include "engine/cuda/emulation/fiber.h"
 
-using minitron::engine::cuda::Dim3;
 using minitron::engine::cuda::emulation::kMaxSharedBytes;
-using minitron::engine::cuda::emulation::kMaxThreadsPerBlock;
 using minitron::engine::cuda::emulation::LiveObjects;
 
 using Work = std::function<void()>;

@@ -249,7 +249,13 @@ KERNEL(32) ShuffleInABranch(int* out) {
   if (Lane() < 16) out[Lane()] = ShuffleXor(Lane(), 1);
 }
 KERNEL(32) ShuffleAgainstVote(int* out) {
-  out[Lane()] = Lane() < 16 ? ShuffleXor(Lane(), 1) : static_cast<int>(Ballot(true));
+  int value = 0;
+  if (Lane() < 16) {
+    value = ShuffleXor(Lane(), 1);
+  } else {
+    value = static_cast<int>(Ballot(true));
+  }
+  out[Lane()] = value;
 }
 
 TEST_F(EmulationTest, DivergentBarriersAndCollectivesAbort) {

@@ -22,6 +22,8 @@ enum class SequenceState {
   kFinished,  // owns nothing; its FinishEvent is made
 };
 
+struct FairShareAccount;  // FairQueue's own
+
 class Sequence {
  public:
   // `order` is the request's place in the order of arrival.
@@ -61,6 +63,10 @@ class Sequence {
   int next_prompt_logprob() const { return next_prompt_logprob_; }  // first prompt position not reported yet
   bool prompt_logprobs_pending() const { return wants_prompt_logprobs() && next_prompt_logprob_ < num_prompt_tokens(); }
 
+  // FairQueue's account of this sequence's tenant; it is null before and after the sequence is live.
+  FairShareAccount* fair_share() const { return fair_share_; }
+  void set_fair_share(FairShareAccount* account) { fair_share_ = account; }
+
   const BlockTable& block_table() const { return block_table_; }
   BlockTable& mutable_block_table() { return block_table_; }  // for KvCacheManager
 
@@ -85,6 +91,7 @@ class Sequence {
   std::vector<TokenId> banned_tokens_;
   std::vector<TokenId> tokens_;
   BlockTable block_table_;
+  FairShareAccount* fair_share_ = nullptr;  // owned by FairQueue
   SequenceState state_ = SequenceState::kWaiting;
   int num_computed_tokens_ = 0;
   int num_cached_tokens_ = 0;

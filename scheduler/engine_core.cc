@@ -73,9 +73,9 @@ void EngineCore::RunLoop() {
   }
 }
 
-void EngineCore::DrainInbox() {
+void EngineCore::DrainInbox(TimePoint now) {
   Inbox::Contents contents = inbox_.Take();
-  for (Request& request : contents.adds) scheduler_.Add(std::move(request));
+  for (Request& request : contents.adds) scheduler_.Add(std::move(request), now);
   for (const AbortRequest& abort : contents.aborts) {
     if (abort.index == AbortRequest::kAllSequences) {
       scheduler_.Abort(abort.id);
@@ -87,8 +87,8 @@ void EngineCore::DrainInbox() {
 
 bool EngineCore::Step() {
   if (inbox_.failed()) return false;
-  DrainInbox();
   const TimePoint start = now_();
+  DrainInbox(start);
   plan_ = scheduler_.Schedule(start);
   inbox_.ReportQueued(scheduler_.num_queued_sequences());
   if (plan_.sequences.empty() && !scheduler_.has_pending_events()) return false;

@@ -85,7 +85,7 @@ class EngineCore {
 
  private:
   void RunLoop();
-  void DrainInbox();
+  void DrainInbox(TimePoint now);
   absl::StatusOr<engine::StepResult> RunBatch();
   void PublishFailure(const absl::Status& status);
 

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/base/check.h"
+#include "engine/base/status_macros.h"
 
 namespace minitron::scheduler {
 namespace {
@@ -20,13 +21,14 @@ Scheduler::Scheduler(const SchedulerOptions& options, const RunnerLimits& limits
       max_step_tokens_(OptionOrLimit(options.max_step_tokens, limits.max_num_tokens)),
       max_running_sequences_(
           std::min(max_step_tokens_, OptionOrLimit(options.max_running_sequences, limits.max_num_sequences))),
-      kv_cache_(limits.num_kv_blocks, limits.block_size) {
+      kv_cache_(limits.num_kv_blocks, limits.block_size),
+      waiting_(options.fairness) {
   CHECK(options.Validate().ok());
   CHECK(max_step_tokens_ > 0 && max_running_sequences_ > 0);
   for (int slot = 2 * limits.max_num_sequences - 1; slot >= 0; --slot) free_history_slots_.push_back(slot);
 }
 
-void Scheduler::Add(Request request) {
+void Scheduler::Add(Request request, TimePoint now) {
   CHECK(CheckFits(request, limits_).ok());
   const auto shared = std::make_shared<const Request>(std::move(request));
   const auto [it, inserted] = requests_.try_emplace(shared->id);
@@ -36,8 +38,10 @@ void Scheduler::Add(Request request) {
   const uint64_t order = next_order_++;
   for (int index = 0; index < shared->num_sequences; ++index) {
     live.sequences.push_back(std::make_shared<Sequence>(shared, index, order));
-    InsertInOrder(live.sequences.back(), waiting_);
+    waiting_.Attach(*live.sequences.back());
+    waiting_.Add(live.sequences.back(), now);
   }
+  num_queued_ += shared->num_sequences;
 }
 
 void Scheduler::Abort(RequestId id) {
@@ -56,10 +60,15 @@ void Scheduler::AbortSequence(RequestId id, int index) {
 void Scheduler::Finish(const std::shared_ptr<Sequence>& held, FinishReason reason, TokenId stop_token) {
   // A copy, because `held` may be an element of the queue that the sequence leaves.
   const std::shared_ptr<Sequence> sequence = held;  // NOLINT(performance-unnecessary-copy-initialization)
-  std::vector<std::shared_ptr<Sequence>>& queue = sequence->state() == SequenceState::kRunning ? running_ : waiting_;
-  const auto position = std::find(queue.begin(), queue.end(), sequence);
-  CHECK(position != queue.end());
-  queue.erase(position);
+  if (sequence->state() == SequenceState::kRunning) {
+    const auto position = std::find(running_.begin(), running_.end(), sequence);
+    CHECK(position != running_.end());
+    running_.erase(position);
+  } else {
+    waiting_.Remove(sequence);
+    if (!sequence->ever_scheduled()) --num_queued_;
+  }
+  waiting_.Detach(*sequence);
   ReleaseResources(*sequence);
   sequence->Finish();
   pending_finished_.push_back(sequence->MakeFinishEvent(reason, stop_token));
@@ -74,9 +83,10 @@ void Scheduler::ReleaseResources(Sequence& sequence) {
 
 std::vector<FinishEvent> Scheduler::TakePendingEvents() { return std::exchange(pending_finished_, {}); }
 
-int Scheduler::num_queued_sequences() const {
-  return static_cast<int>(std::count_if(waiting_.begin(), waiting_.end(),
-                                        [](const auto& sequence) { return !sequence->ever_scheduled(); }));
+std::vector<std::shared_ptr<Sequence>> Scheduler::waiting() const {
+  std::vector<std::shared_ptr<Sequence>> waiting;
+  waiting_.ForEach([&waiting](const std::shared_ptr<Sequence>& sequence) { waiting.push_back(sequence); });
+  return waiting;
 }
 
 absl::Status Scheduler::CheckConsistent() const {
@@ -90,15 +100,20 @@ absl::Status Scheduler::CheckConsistent() const {
     slots.insert(sequence->history_slot());
     ++num_slots;
   }
-  for (const auto& sequence : waiting_) {
+  int num_queued = 0;
+  for (const auto& sequence : waiting()) {
     if (sequence->state() != SequenceState::kWaiting) return absl::InternalError("not waiting, but in waiting_");
     if (!sequence->block_table().empty()) return absl::InternalError("a waiting sequence owns blocks");
+    num_queued += sequence->ever_scheduled() ? 0 : 1;
   }
+  if (num_queued != num_queued_) return absl::InternalError("queued sequences are miscounted");
   if (slots.size() != num_slots || num_slots != 2 * static_cast<size_t>(limits_.max_num_sequences)) {
     return absl::InternalError(absl::StrCat(num_slots, " history slots accounted for, ", slots.size(), " distinct"));
   }
-  const auto in_order = [](const auto& queue) { return std::is_sorted(queue.begin(), queue.end(), ServedBefore()); };
-  if (!in_order(running_) || !in_order(waiting_)) return absl::InternalError("a queue is out of order");
+  if (!std::is_sorted(running_.begin(), running_.end(), ServedBefore())) {
+    return absl::InternalError("running sequences are out of order");
+  }
+  RETURN_IF_ERROR(waiting_.CheckConsistent());
   return kv_cache_.CheckConsistent(owners);
 }
 

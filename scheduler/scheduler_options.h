@@ -3,6 +3,7 @@
 
 #include "absl/status/status.h"
 #include "engine/model_runner.h"
+#include "scheduler/fair_queue.h"
 #include "scheduler/request.h"
 
 namespace minitron::scheduler {
@@ -12,6 +13,7 @@ struct SchedulerOptions {
   int max_step_tokens = 0;             // [0, 1048576]; 0: the runner's limit, which also caps it
   int max_prefill_chunk = 256;         // [1, 1048576]; prompt tokens of one sequence per step
   int max_logprob_rows_per_step = 64;  // [1, 65536]; prompt logprobs of one sequence per step
+  FairQueueOptions fairness = {};
 
   // Error: INVALID_ARGUMENT naming the field, its value and its range.
   absl::Status Validate() const;

@@ -11,7 +11,7 @@ SchedulerOutput Scheduler::Schedule(TimePoint now) {
   EndAbortedAndExpired(now);
   SchedulerOutput plan;
   plan.block_size = limits_.block_size;
-  PlanDecodes(plan);
+  PlanDecodes(now, plan);
   PlanPrefills(plan);
   // A step that had to preempt has no room to hand out; admitting now would take the blocks just won.
   if (plan.preempted.empty()) AdmitWaiting(now, plan);
@@ -21,44 +21,44 @@ SchedulerOutput Scheduler::Schedule(TimePoint now) {
 
 void Scheduler::EndAbortedAndExpired(TimePoint now) {
   std::vector<std::pair<std::shared_ptr<Sequence>, FinishReason>> ended;
-  for (const auto* queue : {&running_, &waiting_}) {
-    for (const auto& sequence : *queue) {
-      if (sequence->abort_requested()) {
-        ended.emplace_back(sequence, FinishReason::kCancelled);
-      } else if (sequence->request().deadline <= now) {
-        ended.emplace_back(sequence, FinishReason::kDeadline);
-      }
+  const auto look = [&ended, now](const std::shared_ptr<Sequence>& sequence) {
+    if (sequence->abort_requested()) {
+      ended.emplace_back(sequence, FinishReason::kCancelled);
+    } else if (sequence->request().deadline <= now) {
+      ended.emplace_back(sequence, FinishReason::kDeadline);
     }
-  }
+  };
+  for (const auto& sequence : running_) look(sequence);
+  waiting_.ForEach(look);
   for (const auto& [sequence, reason] : ended) Finish(sequence, reason);
 }
 
-void Scheduler::PlanDecodes(SchedulerOutput& plan) {
+void Scheduler::PlanDecodes(TimePoint now, SchedulerOutput& plan) {
   for (size_t i = 0; i < running_.size(); ++i) {
     const std::shared_ptr<Sequence> sequence = running_[i];
     if (!sequence->is_decoding()) continue;
-    if (GrowOrPreempt(i, plan)) AddToPlan(sequence, 1, plan);
+    if (GrowOrPreempt(i, now, plan)) AddToPlan(sequence, 1, plan);
   }
 }
 
-bool Scheduler::GrowOrPreempt(size_t position, SchedulerOutput& plan) {
+bool Scheduler::GrowOrPreempt(size_t position, TimePoint now, SchedulerOutput& plan) {
   Sequence& sequence = *running_[position];
   // Victims come from the back, so none of them is in the plan yet: decodes are planned from the front.
   while (!kv_cache_.Grow(sequence.num_tokens(), sequence).ok()) {
     const bool is_last = position + 1 == running_.size();
-    PreemptLast(plan);
+    PreemptLast(now, plan);
     if (is_last) return false;
   }
   return true;
 }
 
-void Scheduler::PreemptLast(SchedulerOutput& plan) {
+void Scheduler::PreemptLast(TimePoint now, SchedulerOutput& plan) {
   const std::shared_ptr<Sequence> victim = running_.back();
   running_.pop_back();
   ReleaseResources(*victim);
   victim->Preempt();
   plan.preempted.push_back(victim->id());
-  InsertInOrder(victim, waiting_);
+  waiting_.Add(victim, now);
 }
 
 void Scheduler::PlanPrefills(SchedulerOutput& plan) {
@@ -70,19 +70,23 @@ void Scheduler::PlanPrefills(SchedulerOutput& plan) {
 }
 
 void Scheduler::AdmitWaiting(TimePoint now, SchedulerOutput& plan) {
-  for (size_t i = 0; i < waiting_.size();) {
-    if (static_cast<int>(running_.size()) >= max_running_sequences_ || plan.num_tokens >= max_step_tokens_) return;
-    const std::shared_ptr<Sequence> sequence = waiting_[i];
+  while (static_cast<int>(running_.size()) < max_running_sequences_ && plan.num_tokens < max_step_tokens_) {
+    const std::shared_ptr<Sequence> sequence = waiting_.Pop(now);
+    if (sequence == nullptr) break;
     if (WaitsForSibling(*sequence)) {
-      ++i;
+      set_aside_.push_back(sequence);
       continue;
     }
-    // Nobody overtakes a sequence that lacks blocks: a long prompt would starve behind short ones.
-    if (!TryStart(*sequence, now)) return;
-    waiting_.erase(waiting_.begin() + i);
+    if (!TryStart(*sequence, now)) {
+      // Nobody overtakes a sequence that lacks blocks: a long prompt would starve behind short ones.
+      set_aside_.push_back(sequence);
+      break;
+    }
     InsertInOrder(sequence, running_);
     AddToPlan(sequence, ChunkLength(*sequence, max_step_tokens_ - plan.num_tokens), plan);
   }
+  for (const auto& sequence : set_aside_) waiting_.PutBack(sequence);
+  set_aside_.clear();
 }
 
 const Sequence* Scheduler::FindPrefixOwner(const Sequence& sequence) const {
@@ -123,7 +127,11 @@ bool Scheduler::TryStart(Sequence& sequence, TimePoint now) {
     slot = free_history_slots_.back();
     free_history_slots_.pop_back();
   }
+  // What is computed again after a preemption was paid for the first time.
+  const int num_charged = sequence.ever_scheduled() ? 0 : sequence.num_prompt_tokens() - num_cached;
+  if (!sequence.ever_scheduled()) --num_queued_;
   sequence.Start(num_cached, slot, now);
+  waiting_.Started(sequence, num_charged, now);
   return true;
 }
 

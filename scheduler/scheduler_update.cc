@@ -26,7 +26,7 @@ StepOutput Scheduler::Update(const SchedulerOutput& plan, const engine::StepResu
   CHECK(next_row == rows.size());
   output.finished = TakePendingEvents();
   output.stats.num_running = static_cast<int>(running_.size());
-  output.stats.num_waiting = static_cast<int>(waiting_.size());
+  output.stats.num_waiting = waiting_.size();
   output.stats.num_blocks_used = kv_cache_.num_used_blocks();
   output.stats.num_blocks = kv_cache_.num_blocks();
   output.stats.num_batch_sequences = static_cast<int>(plan.sequences.size());
@@ -76,6 +76,7 @@ void Scheduler::ApplySampledToken(const std::shared_ptr<Sequence>& sequence, con
                            .output_position = sequence->num_output_tokens(),
                            .output = row});
   sequence->AppendOutput(row.token_id, now);
+  waiting_.ChargeOutput(*sequence, 1);
   const Request& request = sequence->request();
   if (Contains(request.eos_token_ids, row.token_id)) {
     Finish(sequence, FinishReason::kEosToken, row.token_id);

@@ -25,7 +25,7 @@ TEST(BatchBuilderTest, ChunkAndDecodeRowsBecomeArrays) {
   request.min_tokens = 2;
   request.eos_token_ids = {1};
   request.params.presence_penalty = 0.5f;
-  scheduler.Add(request);
+  scheduler.Add(request, TimePoint{});
   SchedulerOutput plan = scheduler.Schedule({});
   engine::Batch batch = BuildBatch(plan);
   ASSERT_EQ(batch.history_resets.size(), 1u);
@@ -42,7 +42,7 @@ TEST(BatchBuilderTest, ChunkAndDecodeRowsBecomeArrays) {
   scored.max_tokens = 0;
   scored.num_prompt_top_logprobs = 2;
   scored.prompt_logprobs_start = 8;
-  scheduler.Add(scored);
+  scheduler.Add(scored, TimePoint{});
   plan = scheduler.Schedule({});
   batch = BuildBatch(plan);
   EXPECT_THAT(batch.token_ids, ElementsAre(30, 20, 21, 22, 23, 24, 25, 26, 27, 28));

@@ -60,8 +60,8 @@ using Plan = std::pair<RequestId, int>;
 
 TEST_F(SchedulerTest, LongPromptsAreChunkedAndDecodesComeFirst) {
   Make({.max_step_tokens = 16, .max_prefill_chunk = 12});
-  scheduler_->Add(MakeRequest(1, 4, 10));
-  scheduler_->Add(MakeRequest(2, 40, 10));
+  scheduler_->Add(MakeRequest(1, 4, 10), now_);
+  scheduler_->Add(MakeRequest(2, 40, 10), now_);
   Step();
   EXPECT_THAT(Planned(), ElementsAre(Plan{1, 4}, Plan{2, 12}));
   Step();
@@ -70,11 +70,11 @@ TEST_F(SchedulerTest, LongPromptsAreChunkedAndDecodesComeFirst) {
 
 TEST_F(SchedulerTest, HigherPriorityIsAdmittedFirstThenArrival) {
   Make({.max_running_sequences = 2});
-  scheduler_->Add(MakeRequest(1, 4, 10));
-  scheduler_->Add(MakeRequest(2, 4, 10));
+  scheduler_->Add(MakeRequest(1, 4, 10), now_);
+  scheduler_->Add(MakeRequest(2, 4, 10), now_);
   Request urgent = MakeRequest(3, 4, 10);
   urgent.priority = 1;
-  scheduler_->Add(urgent);
+  scheduler_->Add(urgent, now_);
   Step();
   EXPECT_THAT(Planned(), ElementsAre(Plan{3, 4}, Plan{1, 4}));
 }
@@ -83,8 +83,8 @@ TEST_F(SchedulerTest, YoungestOfTheLowestPriorityIsPreemptedAndResumesWithItsTok
   RunnerLimits limits = kLimits;
   limits.num_kv_blocks = 4;
   Make({}, limits);
-  scheduler_->Add(MakeRequest(1, 8, 20));
-  scheduler_->Add(MakeRequest(2, 16, 16));
+  scheduler_->Add(MakeRequest(1, 8, 20), now_);
+  scheduler_->Add(MakeRequest(2, 16, 16), now_);
   Step();  // 1 + 2 blocks
   Step();  // 1 takes the last block; 2 needs a third and is its own victim
   EXPECT_THAT(plan_.preempted, ElementsAre(2u));
@@ -102,7 +102,7 @@ TEST_F(SchedulerTest, YoungestOfTheLowestPriorityIsPreemptedAndResumesWithItsTok
 
 TEST_F(SchedulerTest, FollowersWaitForTheLeaderAndShareItsFullBlocks) {
   Make({.max_prefill_chunk = 10});
-  scheduler_->Add(MakeRequest(1, 20, 5, 3));
+  scheduler_->Add(MakeRequest(1, 20, 5, 3), now_);
   Step();
   EXPECT_THAT(Planned(), ElementsAre(Plan{1, 10}));
   Step();
@@ -114,7 +114,7 @@ TEST_F(SchedulerTest, FollowersWaitForTheLeaderAndShareItsFullBlocks) {
 
 TEST_F(SchedulerTest, WhenTheLeaderIsAbortedTheNextTakesItsPart) {
   Make({.max_prefill_chunk = 10});
-  scheduler_->Add(MakeRequest(1, 20, 5, 3));
+  scheduler_->Add(MakeRequest(1, 20, 5, 3), now_);
   Step();
   scheduler_->AbortSequence(1, 0);
   EXPECT_EQ(Step().finished.at(0).reason, FinishReason::kCancelled);
@@ -125,7 +125,7 @@ TEST_F(SchedulerTest, WhenTheLeaderIsAbortedTheNextTakesItsPart) {
 
 TEST_F(SchedulerTest, ResultsOfASequenceAbortedMeanwhileAreDropped) {
   Make({});
-  scheduler_->Add(MakeRequest(1, 4, 5));
+  scheduler_->Add(MakeRequest(1, 4, 5), now_);
   plan_ = scheduler_->Schedule(now_);
   scheduler_->Abort(1);
   const StepOutput output = scheduler_->Update(plan_, Results(plan_), now_);
@@ -136,10 +136,10 @@ TEST_F(SchedulerTest, ResultsOfASequenceAbortedMeanwhileAreDropped) {
 
 TEST_F(SchedulerTest, ExpiredRequestsLeaveTheQueueAtOnce) {
   Make({.max_running_sequences = 1});
-  scheduler_->Add(MakeRequest(1, 4, 50));
+  scheduler_->Add(MakeRequest(1, 4, 50), now_);
   Request hurried = MakeRequest(2, 4, 50);
   hurried.deadline = now_ + std::chrono::milliseconds(1);
-  scheduler_->Add(hurried);
+  scheduler_->Add(hurried, now_);
   EXPECT_TRUE(Step().finished.empty());
   now_ = hurried.deadline;
   const StepOutput output = Step();
@@ -153,7 +153,7 @@ TEST_F(SchedulerTest, PromptLogprobsComeInBoundedChunksThenPromptDone) {
   Request request = MakeRequest(1, 12, 0);
   request.num_prompt_top_logprobs = 0;
   request.prompt_logprobs_start = 3;  // positions 3..11 from rows 2..10
-  scheduler_->Add(request);
+  scheduler_->Add(request, now_);
   StepOutput output = Step();
   ASSERT_EQ(output.prompt_logprobs.size(), 1u);
   EXPECT_EQ(output.prompt_logprobs[0].first_position, 3);
@@ -168,9 +168,9 @@ TEST_F(SchedulerTest, PromptLogprobsComeInBoundedChunksThenPromptDone) {
 
 TEST_F(SchedulerTest, AFailedRowEndsOnlyItsSequence) {
   Make({});
-  scheduler_->Add(MakeRequest(1, 4, 5));
-  scheduler_->Add(MakeRequest(2, 4, 5));
-  scheduler_->Add(MakeRequest(3, 4, 5));
+  scheduler_->Add(MakeRequest(1, 4, 5), now_);
+  scheduler_->Add(MakeRequest(2, 4, 5), now_);
+  scheduler_->Add(MakeRequest(3, 4, 5), now_);
   plan_ = scheduler_->Schedule(now_);
   engine::StepResult result = Results(plan_);
   result.rows[0].failed = true;
@@ -187,7 +187,7 @@ TEST_F(SchedulerTest, StopTokenIsEmittedCountedAndNamed) {
   Make({});
   Request request = MakeRequest(1, 4, 5);
   request.stop_token_ids = {50};
-  scheduler_->Add(request);
+  scheduler_->Add(request, now_);
   const StepOutput output = Step(50);
   EXPECT_EQ(output.tokens.size(), 1u);
   EXPECT_EQ(output.finished.at(0).reason, FinishReason::kStopToken);
@@ -197,7 +197,7 @@ TEST_F(SchedulerTest, StopTokenIsEmittedCountedAndNamed) {
 
 TEST_F(SchedulerTest, ASequenceBudgetAboveTheTokenBudgetIsCut) {
   Make({.max_running_sequences = 8, .max_step_tokens = 3});
-  for (RequestId id = 1; id <= 6; ++id) scheduler_->Add(MakeRequest(id, 1, 10));
+  for (RequestId id = 1; id <= 6; ++id) scheduler_->Add(MakeRequest(id, 1, 10), now_);
   for (int i = 0; i < 5; ++i) Step();
   EXPECT_THAT(Planned(), ElementsAre(Plan{1, 1}, Plan{2, 1}, Plan{3, 1}));
 }

@@ -108,7 +108,7 @@ class BitExactTest : public testing::Test {
     size_t next = 0;
     while (next < requests.size() || scheduler.num_live_sequences() > 0) {
       while (next < requests.size() && (scheduler.num_live_sequences() == 0 || random() % 3 == 0)) {
-        scheduler.Add(requests[next++]);
+        scheduler.Add(requests[next++], TimePoint{});
       }
       const SchedulerOutput plan = scheduler.Schedule(TimePoint{});
       const engine::Batch batch = BuildBatch(plan);

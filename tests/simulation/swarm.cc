@@ -1,6 +1,7 @@
 #include "tests/simulation/swarm.h"
 
 #include <random>
+#include <string>
 
 #include "tests/simulation/world.h"
 
@@ -15,6 +16,7 @@ using std::chrono::milliseconds;
 struct Settings {
   WorldOptions world;
   int num_requests = 0;
+  int num_tenants = 1;
   int max_prompt = 0;
   int max_output = 0;
   double arrival_rate = 0;  // chance of one more request per step
@@ -64,6 +66,8 @@ Settings Swarm::DrawSettings() {
   core.scheduler.max_logprob_rows_per_step = Draw(1, 16);
   core.max_queued_requests = Draw(4, 40);
   s.num_requests = Draw(5, 30);
+  s.num_tenants = Chance(0.5) ? Draw(2, 4) : 1;
+  core.scheduler.fairness.wait_bound = milliseconds(Draw(1, 50));
   s.arrival_rate = Chance(0.3) ? 0.95 : 0.3;
   s.abort_rate = Chance(0.5) ? 0.1 : 0.0;
   s.deadline_rate = Chance(0.5) ? 0.3 : 0.0;
@@ -91,6 +95,7 @@ Request Swarm::DrawRequest() {
   if (Chance(0.3)) request.params.repetition_penalty = 1.5f;
   if (Chance(0.2)) request.params.frequency_penalty = 0.5f;
   request.priority = Chance(0.3) ? Draw(-1, 1) : 0;
+  request.tenant = settings_.num_tenants > 1 ? "t" + std::to_string(Draw(1, settings_.num_tenants)) : "";
   request.arrival = world_.now();
   if (Chance(settings_.deadline_rate)) request.deadline = world_.now() + milliseconds(Draw(1, 60));
   return request;

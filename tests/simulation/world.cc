@@ -46,12 +46,13 @@ bool World::Submit(const Request& request) {
 }
 
 const Sequence* World::Find(RequestId id, int index) const {
-  for (const auto* queue : {&core_.scheduler().running(), &core_.scheduler().waiting()}) {
-    for (const auto& sequence : *queue) {
-      if (sequence->id() == id && sequence->index() == index) return sequence.get();
-    }
-  }
-  return nullptr;
+  const Sequence* found = nullptr;
+  const auto look = [&](const std::shared_ptr<Sequence>& sequence) {
+    if (sequence->id() == id && sequence->index() == index) found = sequence.get();
+  };
+  for (const auto& sequence : core_.scheduler().running()) look(sequence);
+  core_.scheduler().fair_queue().ForEach(look);
+  return found;
 }
 
 void World::Abort(RequestId id) {

@@ -12,10 +12,14 @@ namespace minitron::engine {
 
 enum class Backend { kAuto, kCpu, kCuda };
 
+// How the CPU backend stores matrices: as loaded, or as 8- or 4-bit integers with a scale per group of 64 or 32.
+enum class Quantization { kOff, kInt8, kInt4 };
+
 struct EngineOptions {
   std::string model_dir;  // Hugging Face style folder: config.json and weights
   Backend backend = Backend::kAuto;
   int num_threads = 0;         // CPU backend; 0 means one per core
+  Quantization quantization = Quantization::kOff;  // CPU backend
   int block_size = 16;         // tokens per KV block, a power of two in [8, 256]
   int64_t kv_cache_bytes = 0;  // 0: sized from free memory, at most what max_num_sequences full contexts need
   int max_num_sequences = 64;  // sequences per batch
@@ -28,7 +32,7 @@ struct EngineOptions {
 struct ModelInfo {
   std::string architecture;  // "nemotron"
   std::string backend;       // "cpu" or "cuda"
-  std::string weight_type;   // "bf16", "f16" or "f32"
+  std::string weight_type;   // "bf16", "f16", "f32", "int8" or "int4"
   int64_t num_parameters = 0;
   int64_t weight_bytes = 0;
   int64_t kv_bytes_per_token = 0;

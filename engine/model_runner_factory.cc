@@ -15,6 +15,7 @@
 #include "engine/base/status_macros.h"
 #include "engine/checkpoint/checkpoint.h"
 #include "engine/cpu/cpu_model_runner.h"
+#include "engine/cpu/packed_weights.h"
 #include "engine/model_config.h"
 #include "engine/model_runner.h"
 #include "engine/nemotron_weights.h"
@@ -107,6 +108,19 @@ absl::Status CheckBackend(Backend backend) {
   return absl::OkStatus();
 }
 
+// What the runner's weights point into.
+struct LoadedWeights {
+  std::shared_ptr<const Checkpoint> checkpoint;
+  cpu::PackedWeights packed;
+};
+
+std::shared_ptr<const LoadedWeights> Load(std::shared_ptr<const Checkpoint> checkpoint, const NemotronWeights& source,
+                                          const EngineOptions& options, int num_threads) {
+  cpu::ThreadPool pool(num_threads);
+  return std::make_shared<const LoadedWeights>(
+      LoadedWeights{std::move(checkpoint), {source, options.quantization, pool, options.show_progress}});
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptions& options) {
@@ -117,9 +131,11 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
   const int max_context = options.max_context_tokens > 0 ? options.max_context_tokens : config.max_position_embeddings;
   ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> opened, Checkpoint::Open(options.model_dir, options.show_progress));
   const std::shared_ptr<const Checkpoint> checkpoint = std::move(opened);
-  ASSIGN_OR_RETURN(const NemotronWeights weights, MapNemotronWeights(*checkpoint, config));
+  ASSIGN_OR_RETURN(const NemotronWeights source, MapNemotronWeights(*checkpoint, config));
   ASSIGN_OR_RETURN(const int num_blocks, SizeKvCache(options, max_context, cpu::KvBytesPerToken(config)));
   const int num_threads = options.num_threads > 0 ? options.num_threads : cpu::NumUsableCores();
+  const std::shared_ptr<const LoadedWeights> loaded = Load(checkpoint, source, options, num_threads);
+  const NemotronWeights& weights = loaded->packed.weights();
   base::LogInfo(absl::StrCat("engine backend=cpu threads=", num_threads, " parameters=", weights.num_parameters,
                              " weights=", DTypeName(weights.matrix_dtype), " context=", max_context,
                              " kv_blocks=", num_blocks, " kv_block_tokens=", options.block_size));
@@ -128,7 +144,7 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
                             .max_num_sequences = options.max_num_sequences,
                             .max_num_tokens = options.max_num_tokens,
                             .max_context_tokens = max_context};
-  return cpu::CreateCpuModelRunner(config, weights, checkpoint, limits, num_threads);
+  return cpu::CreateCpuModelRunner(config, weights, loaded, limits, num_threads);
 }
 
 }  // namespace minitron::engine

@@ -7,12 +7,20 @@
 
 namespace minitron::engine {
 
-// Element types of weights on disk.
-enum class DType { kBf16, kF16, kF32 };
+// Types of weights. The first three are element types on disk, row-major; the others are whole layouts that the CPU
+// backend packs them into at load (engine/cpu/panel_format.h) and that only it reads.
+enum class DType { kBf16, kF16, kF32, kBf16Panels, kInt8Panels, kInt4Panels };
 
-constexpr int64_t DTypeBytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+constexpr bool IsPanels(DType dtype) { return dtype >= DType::kBf16Panels; }
+
+// Bytes of one element. Requires: a type on disk.
+constexpr int64_t DTypeBytes(DType dtype) {
+  DCHECK(!IsPanels(dtype));
+  return dtype == DType::kF32 ? 4 : 2;
+}
 constexpr const char* DTypeName(DType dtype) {
-  return dtype == DType::kBf16 ? "bf16" : dtype == DType::kF16 ? "f16" : "f32";
+  constexpr const char* kNames[] = {"bf16", "f16", "f32", "bf16", "int8", "int4"};
+  return kNames[static_cast<int>(dtype)];
 }
 
 // A weight as loaded: typed at run time, memory-mapped or owned by the Checkpoint. Data is aligned to its element.

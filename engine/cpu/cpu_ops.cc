@@ -8,6 +8,7 @@
 #include "engine/cpu/attention.h"
 #include "engine/cpu/convert.h"
 #include "engine/cpu/matmul.h"
+#include "engine/cpu/panel_matmul.h"
 
 namespace minitron::engine::cpu {
 namespace {
@@ -56,6 +57,8 @@ CpuOps::CpuOps(const NemotronConfig& config, const RunnerLimits& limits, int num
       attention_scratch_floats_(
           AttentionScratchFloats(config.group_size(), limits.max_context_tokens, limits.block_size)),
       attention_scratch_(attention_scratch_floats_ * num_threads),
+      quantized_rows_(limits.max_num_tokens,
+                      std::max({config.hidden_size, config.query_width(), config.intermediate_size})),
       histories_(2 * static_cast<size_t>(limits.max_num_sequences)),
       sampler_scratch_(num_threads) {
   CHECK(rotary_dim_ % 2 == 0 && rotary_dim_ <= config.head_dim);
@@ -128,7 +131,13 @@ void CpuOps::AddLayerNorm1p(Matrix residual, ConstMatrix delta, const WeightView
   });
 }
 
-void CpuOps::MatMul(ConstMatrix x, const WeightView& w, Matrix out) { cpu::MatMul(pool_, x, w, out); }
+void CpuOps::MatMul(ConstMatrix x, const WeightView& w, Matrix out) {
+  if (IsPanels(w.dtype)) {
+    PanelMatMul(pool_, x, w, quantized_rows_, out);
+  } else {
+    cpu::MatMul(pool_, x, w, out);
+  }
+}
 
 void CpuOps::RotateHeads(float* heads, int num_heads, int32_t position) const {
   const int half = rotary_dim_ / 2;

@@ -8,6 +8,7 @@
 #include "absl/types/span.h"
 #include "engine/cpu/aligned_buffer.h"
 #include "engine/cpu/kv_cache.h"
+#include "engine/cpu/quantize_rows.h"
 #include "engine/cpu/thread_pool.h"
 #include "engine/model_config.h"
 #include "engine/model_runner_impl.h"
@@ -57,6 +58,7 @@ class CpuOps {
   Buffer rotated_keys_;                 // [max_num_tokens, key_value_width]
   int64_t attention_scratch_floats_;    // per thread
   Buffer attention_scratch_;
+  QuantizedRowsBuffer quantized_rows_;  // [max_num_tokens, widest input of a matrix]
 
   std::vector<TokenId> token_ids_;               // [T], resolved
   std::vector<int32_t> token_sequence_;          // [T]

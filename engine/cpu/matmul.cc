@@ -110,6 +110,8 @@ void MatMulOutputRange(const MatrixView<const float>& x, const WeightView& w, in
       return OutputRange(x, static_cast<const F16*>(w.data), begin, end, out);
     case DType::kF32:
       return OutputRange(x, static_cast<const float*>(w.data), begin, end, out);
+    default:
+      CHECK(false);
   }
 }
 

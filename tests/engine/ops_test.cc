@@ -12,34 +12,14 @@
 #include "engine/cpu/convert.h"
 #include "engine/cpu/cpu_ops.h"
 #include "gtest/gtest.h"
-#include "hwy/targets.h"
 #include "tests/engine/random_model.h"
+#include "tests/engine/targets.h"
 
 namespace minitron::engine {
 namespace {
 
 // Around every vector width (4, 8, 16) and register tile (4 rows, 4 and 8 outputs).
 const std::vector<int> kEdges = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65};
-
-// Calls `test` once per instruction set.
-template <typename Test>
-void ForEachTarget(const Test& test) {
-  hwy::SetSupportedTargetsForTest(0);
-  const int64_t supported = hwy::SupportedTargets() & HWY_TARGETS;
-  int num_targets = 0;
-  for (int64_t targets = supported; targets != 0; targets &= targets - 1) {
-    const int64_t target = targets & -targets;
-    hwy::SetSupportedTargetsForTest(target);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    SCOPED_TRACE(hwy::TargetName(target));
-    test();
-    ++num_targets;
-    if (testing::Test::HasFatalFailure()) break;
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-  EXPECT_GE(num_targets, 1);
-}
 
 template <typename Ops>
 class OpsTest : public testing::Test {
@@ -95,7 +75,7 @@ double SumTolerance(int64_t count, double sum_of_magnitudes) {
 }
 
 TYPED_TEST(OpsTest, MatMulEqualsDoubleReferenceAroundEveryEdge) {
-  ForEachTarget([&] {
+  ForEachTarget([&](int64_t) {
     auto ops = this->MakeOps(SmallConfig());
     for (const DType dtype : {DType::kBf16, DType::kF16, DType::kF32}) {
       for (const int depth : kEdges) {
@@ -125,7 +105,7 @@ TYPED_TEST(OpsTest, MatMulEqualsDoubleReferenceAroundEveryEdge) {
 }
 
 TYPED_TEST(OpsTest, MatMulRowsHaveTheSameBitsInAnyBatchAndAtAnyThreadCount) {
-  ForEachTarget([&] {
+  ForEachTarget([&](int64_t) {
     auto ops = this->MakeOps(SmallConfig());
     auto other_ops = this->MakeOps(SmallConfig(), 16, 16, 5);
     for (const int depth : {33, 200}) {
@@ -148,7 +128,7 @@ TYPED_TEST(OpsTest, MatMulRowsHaveTheSameBitsInAnyBatchAndAtAnyThreadCount) {
 }
 
 TYPED_TEST(OpsTest, MatMulReadsNothingPastTheLastWeight) {
-  ForEachTarget([&] {
+  ForEachTarget([&](int64_t) {
     auto ops = this->MakeOps(SmallConfig());
     for (const int depth : kEdges) {
       // Exactly sized heap memory: AddressSanitizer sees one byte too many. NaN behind x must not leak into the sum.
@@ -276,7 +256,7 @@ TYPED_TEST(AttentionOpsTest, RopeAndPagedAttentionEqualDoubleReference) {
       {6, 1, 16, 8, 8, 33},    {12, 2, 128, 64, 16, 40}, {4, 4, 20, 10, 8, 17}, {3, 1, 7, 2, 16, 9},
       {14, 2, 64, 32, 32, 65}, {2, 2, 8, 8, 64, 64},     {5, 1, 16, 8, 16, 1},  {8, 1, 33, 16, 256, 31},
   };
-  ForEachTarget([&] {
+  ForEachTarget([&](int64_t) {
     for (const AttentionCase& c : cases) {
       NemotronConfig config = SmallConfig();
       config.num_attention_heads = c.query_heads;

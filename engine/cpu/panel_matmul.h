@@ -1,0 +1,30 @@
+// Matrix products with weights packed in panels.
+#pragma once
+
+#include "engine/cpu/quantize_rows.h"
+#include "engine/cpu/thread_pool.h"
+#include "engine/tensor.h"
+
+namespace minitron::engine::cpu {
+
+// out[t, o] = sum_i x[t, i] * w[o, i].   x [T, in] fp32, w panels of panel_format.h, out [T, out] fp32
+// Each (t, o) is summed in one order whatever T, the tile, the thread or the width of the vectors:
+//   bf16  one chain of fused multiply-adds over i = 0, 1, 2, ..
+//   int8  a group's products sum exactly in integers; one chain over the groups, sum = fma(group, w scale, sum); times
+//         the row's scale at the end
+//   int4  the same with sum = fma(group, w scale * x scale, sum)
+// Targets without fused multiply-add (SSE) round the product first.
+// `workspace` holds the quantised rows; it must be large enough for x when w is int8 or int4.
+void PanelMatMul(ThreadPool& pool, MatrixView<const float> x, const WeightView& w, QuantizedRowsBuffer& workspace,
+                 MatrixView<float> out);
+
+// The kernel behind it, for panels [begin, end) on the calling thread. Benchmarks use it to time one thread.
+struct PanelJob {
+  WeightView w;
+  MatrixView<const float> x;
+  QuantizedRows quantized;  // set for int8 and int4
+  MatrixView<float> out;
+};
+void PanelRange(const PanelJob& job, int64_t begin, int64_t end);
+
+}  // namespace minitron::engine::cpu

@@ -1,0 +1,147 @@
+#include "engine/cpu/quantize_rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "engine/base/check.h"
+#include "engine/cpu/panel_format.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "engine/cpu/quantize_rows.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace minitron::engine::cpu {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+using FloatTag = hn::CappedTag<float, 16>;
+
+// max|x[0 .. count)|, or NaN if a value is not finite. Exact, so in any order.
+HWY_INLINE float Largest(const float* x, int64_t count) {
+  const FloatTag tag;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
+  auto largest = hn::Zero(tag);
+  auto zeros = hn::Zero(tag);  // x * 0 is NaN unless x is finite
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    const auto values = hn::LoadU(tag, x + i);
+    largest = hn::Max(largest, hn::Abs(values));
+    zeros = hn::Add(zeros, hn::Mul(values, hn::Zero(tag)));
+  }
+  float maximum = hn::GetLane(hn::MaxOfLanes(tag, largest));
+  float zero = hn::GetLane(hn::SumOfLanes(tag, zeros));
+  for (; i < count; ++i) {
+    maximum = std::max(maximum, std::abs(x[i]));
+    zero += x[i] * 0.0f;
+  }
+  return zero == 0.0f ? maximum : std::numeric_limits<float>::quiet_NaN();
+}
+
+// q[i] = round(x[i] * inverse), `padded` of them, zeros from `count` on. Half to even, in every lane alike.
+template <typename Q>
+HWY_INLINE void Round(const float* x, int64_t count, int64_t padded, float inverse, Q* q) {
+  const FloatTag tag;
+  const hn::Rebind<Q, FloatTag> narrow;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
+  HWY_ALIGN float tail[hn::MaxLanes(tag)] = {};
+  for (int64_t i = 0; i < padded; i += lanes) {
+    const float* from = x + i;
+    if (i + lanes > count) {
+      for (int64_t lane = 0; lane < lanes; ++lane) tail[lane] = i + lane < count ? x[i + lane] : 0.0f;
+      from = tail;
+    }
+    const auto scaled = hn::Mul(hn::LoadU(tag, from), hn::Set(tag, inverse));
+    hn::StoreU(hn::DemoteTo(narrow, hn::NearestInt(scaled)), narrow, q + i);
+  }
+}
+
+struct Scale {
+  float scale, inverse;
+};
+
+// So small a maximum that its inverse overflows rounds to zero; NaN keeps its scale and zero values.
+HWY_INLINE Scale ScaleFor(float largest, float limit) {
+  const float inverse = limit / largest;
+  if (!(largest > 0.0f) || !std::isfinite(inverse)) return {largest > 0.0f ? 0.0f : largest, 0.0f};
+  return {largest / limit, inverse};
+}
+
+HWY_INLINE const float* Finite(const Scale& scale, const float* x, const float* zeros) {
+  return std::isnan(scale.scale) ? zeros : x;
+}
+
+alignas(64) constexpr float kZeros[kInt8Group] = {};
+
+void QuantizeWide(const MatrixView<const float>& x, int64_t begin, int64_t end, const QuantizedRows& out) {
+  for (int64_t r = begin; r < end; ++r) {
+    const float* row = x.row(r);
+    const Scale scale = ScaleFor(Largest(row, x.cols), 32767.0f);
+    out.row_scales[r] = scale.scale;
+    for (int64_t first = 0, group = 0; first < x.cols; first += kInt8Group, ++group) {
+      Round(Finite(scale, row + first, kZeros), std::min(kInt8Group, x.cols - first), kInt8Group, scale.inverse,
+            out.wide + (group * x.rows + r) * kInt8Group);
+    }
+  }
+}
+
+void QuantizeNarrow(const MatrixView<const float>& x, int64_t begin, int64_t end, const QuantizedRows& out) {
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t first = 0, group = 0; first < x.cols; first += kInt4Group, ++group) {
+      const int64_t count = std::min(kInt4Group, x.cols - first);
+      const float* values = x.row(r) + first;
+      const Scale scale = ScaleFor(Largest(values, count), 127.0f);
+      const int64_t at = group * x.rows + r;
+      int8_t* q = out.narrow + at * kInt4Group;
+      Round(Finite(scale, values, kZeros), count, kInt4Group, scale.inverse, q);
+      int32_t sum = 0;
+      for (int64_t i = 0; i < kInt4Group; ++i) sum += q[i];
+      out.group_scales[at] = scale.scale;
+      out.offsets[at] = -8 * sum;
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace minitron::engine::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace minitron::engine::cpu {
+
+HWY_EXPORT(QuantizeWide);
+HWY_EXPORT(QuantizeNarrow);
+
+QuantizedRowsBuffer::QuantizedRowsBuffer(int64_t max_rows, int64_t max_depth)
+    : values_(max_rows * CeilDiv(max_depth, kInt8Group) * kInt8Group),
+      scales_(max_rows * CeilDiv(max_depth, kInt4Group)),
+      offsets_(max_rows * CeilDiv(max_depth, kInt4Group)) {}
+
+QuantizedRows QuantizedRowsBuffer::Quantize(ThreadPool& pool, MatrixView<const float> x, DType dtype) {
+  CHECK(x.rows * CeilDiv(x.cols, kInt8Group) * kInt8Group <= values_.size());
+  QuantizedRows rows{.rows = x.rows};
+  // 32 Ki elements are about 5 microseconds of work: less is not worth a wake-up.
+  const int64_t grain = std::max<int64_t>(1, (32 << 10) / x.cols);
+  if (dtype == DType::kInt8Panels) {
+    rows.wide = values_.data();
+    rows.row_scales = scales_.data();
+    pool.ParallelFor(x.rows, grain, [&](int64_t begin, int64_t end, int) {
+      HWY_DYNAMIC_DISPATCH(QuantizeWide)(x, begin, end, rows);
+    });
+  } else {
+    CHECK(dtype == DType::kInt4Panels);
+    rows.narrow = reinterpret_cast<int8_t*>(values_.data());
+    rows.group_scales = scales_.data();
+    rows.offsets = offsets_.data();
+    pool.ParallelFor(x.rows, grain, [&](int64_t begin, int64_t end, int) {
+      HWY_DYNAMIC_DISPATCH(QuantizeNarrow)(x, begin, end, rows);
+    });
+  }
+  return rows;
+}
+
+}  // namespace minitron::engine::cpu
+#endif  // HWY_ONCE

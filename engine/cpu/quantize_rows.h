@@ -1,0 +1,43 @@
+// Activations as the integer kernels read them: quantised once per matrix product, shared by all outputs.
+#pragma once
+
+#include <cstdint>
+
+#include "engine/cpu/aligned_buffer.h"
+#include "engine/cpu/thread_pool.h"
+#include "engine/tensor.h"
+
+namespace minitron::engine::cpu {
+
+// Rows of activations, group-major, so that the rows of one group of inputs are one contiguous slab. Inputs past the
+// depth are zero. A row with a value that is not finite gets a NaN scale, so its outputs are NaN.
+//   for int8 weights: int16, scale = max|x| / 32767 of the whole row. Products of a group sum exactly in 32 bits:
+//                     64 * 127 * 32767 < 2^31.
+//   for int4 weights: int8, scale = max|x| / 127 of each group of 32. `offsets` are -8 * sum(q) of the group, which
+//                     undoes the plus 8 of the stored weights.
+struct QuantizedRows {
+  int64_t rows = 0;
+  int16_t* wide = nullptr;     // [groups, rows, kInt8Group]
+  float* row_scales = nullptr;  // [rows]
+  int8_t* narrow = nullptr;       // [groups, rows, kInt4Group]
+  float* group_scales = nullptr;  // [groups, rows]
+  int32_t* offsets = nullptr;     // [groups, rows]
+};
+
+// Memory for QuantizedRows of up to max_rows x max_depth. Engine thread only.
+class QuantizedRowsBuffer {
+ public:
+  QuantizedRowsBuffer() = default;
+  QuantizedRowsBuffer(int64_t max_rows, int64_t max_depth);
+
+  // Quantises x [rows, depth] for weights of `dtype` (int8 or int4 panels). The result lives until the next call.
+  // Each row's result is a function of that row alone. Requires: within the maxima.
+  QuantizedRows Quantize(ThreadPool& pool, MatrixView<const float> x, DType dtype);
+
+ private:
+  AlignedBuffer<int16_t> values_;  // of either width
+  AlignedBuffer<float> scales_;
+  AlignedBuffer<int32_t> offsets_;
+};
+
+}  // namespace minitron::engine::cpu

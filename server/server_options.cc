@@ -46,6 +46,7 @@ const std::vector<Flag>& Flags() {
       Int("metrics-port", &O::metrics_port, 0, 65535, "HTTP port of /metrics; 0 picks a free one"),
       Text("port-file", &O::port_file, "file to write both ports to when ready"),
       Text("backend", &O::backend, "auto, cpu or cuda"),
+      Text("quantize", &O::quantize, "weights on the CPU: none (as loaded), int8 or int4"),
       Int("threads", &O::threads, 0, 1024, "CPU threads; 0 means one per core"),
       Int("kv-cache-mib", &O::kv_cache_mib, 0, 1 << 20, "KV-cache size in MiB; 0 sizes it from free memory"),
       Int("block-size", &O::block_size, 8, 256, "tokens per KV block, a power of two"),
@@ -129,6 +130,9 @@ absl::Status CheckTogether(const ServerOptions& options) {
   if (options.backend != "auto" && options.backend != "cpu" && options.backend != "cuda") {
     return BadValue(*FindFlag("backend"), options.backend, "not one of auto, cpu, cuda");
   }
+  if (options.quantize != "none" && options.quantize != "int8" && options.quantize != "int4") {
+    return BadValue(*FindFlag("quantize"), options.quantize, "not one of none, int8, int4");
+  }
   if (options.max_step_tokens < options.max_num_sequences) {
     return BadValue(*FindFlag("max-step-tokens"), absl::StrCat(options.max_step_tokens),
                     absl::StrCat("below --max-num-sequences=", options.max_num_sequences,
@@ -154,6 +158,12 @@ engine::Backend ServerOptions::backend_kind() const {
   if (backend == "cpu") return engine::Backend::kCpu;
   if (backend == "cuda") return engine::Backend::kCuda;
   return engine::Backend::kAuto;
+}
+
+engine::Quantization ServerOptions::quantization() const {
+  if (quantize == "int8") return engine::Quantization::kInt8;
+  if (quantize == "int4") return engine::Quantization::kInt4;
+  return engine::Quantization::kOff;
 }
 
 absl::StatusOr<ServerOptions> ParseServerOptions(const std::vector<std::string>& arguments) {

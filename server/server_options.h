@@ -21,6 +21,7 @@ struct ServerOptions {
   int metrics_port = 9090;        // 0: any free one
   std::string port_file;          // written when ready
   std::string backend = "auto";
+  std::string quantize = "none";
   int threads = 0;
   int kv_cache_mib = 0;
   int block_size = 16;
@@ -41,6 +42,7 @@ struct ServerOptions {
   bool show_version = false;
 
   engine::Backend backend_kind() const;
+  engine::Quantization quantization() const;
 };
 
 // Reads argv[1..]. Both --flag=value and --flag value; --no-flag for switches.

@@ -1,7 +1,8 @@
 // Panels: how the CPU backend lays out weight matrices, so that a thread reads one forward stream.
 //
-// A matrix [out, in] is cut into panels of 32 outputs. A panel holds all inputs of its outputs, in ascending input order,
-// and is one contiguous range. Outputs past the end are zero, and so are inputs past the end. Little-endian throughout.
+// A matrix [out, in] is cut into panels of 32 outputs. A panel holds all inputs of its outputs, in ascending input
+// order, and is one contiguous range. Outputs past the end are zero, and so are inputs past the end. Little-endian
+// throughout.
 //
 //   bf16   per pair of inputs:   [32 outputs][2 inputs] bf16                                                128 bytes
 //   int8   per 64 inputs:        [2 halves of 16 outputs][16 quads of inputs][16 outputs][4 inputs] int8,

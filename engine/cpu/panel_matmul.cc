@@ -8,8 +8,8 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "engine/cpu/panel_matmul.cc"
-#include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/cache_control.h"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 // After highway.h.
 #include "engine/cpu/panel_tiles-inl.h"
@@ -31,7 +31,7 @@ constexpr int64_t kSlice = 128;
 // From this many rows on, a slice is unpacked once for all row tiles instead of once per tile.
 constexpr int64_t kUnpackFrom = kLanes == 16 ? 13 : 9;
 // How far ahead of the arithmetic a panel is fetched: past the slice at hand, so that DRAM works while rows repeat.
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kPrefetchBytes = 1024;
 
 HWY_INLINE void PrefetchLine(const void* p) { hwy::Prefetch(static_cast<const uint8_t*>(p) + kPrefetchBytes); }
 
@@ -247,8 +247,8 @@ HWY_INLINE VI LowNibbles(VI octets) { return hn::And(octets, hn::Set(I32(), 0x0F
 HWY_INLINE VI HighNibbles(VI octets) { return hn::And(hn::ShiftRight<4>(octets), hn::Set(I32(), 0x0F0F0F0F)); }
 
 struct Int4Rows {
-  const int8_t* values;   // [rows][kInt4Group]
-  const float* scales;    // [rows]
+  const int8_t* values;    // [rows][kInt4Group]
+  const float* scales;     // [rows]
   const int32_t* offsets;  // [rows]
 };
 
@@ -366,8 +366,8 @@ void PanelMatMul(ThreadPool& pool, MatrixView<const float> x, const WeightView& 
   if (x.rows == 0) return;
   PanelJob job{.w = w, .x = x, .quantized = {}, .out = out};
   if (w.dtype != DType::kBf16Panels) job.quantized = workspace.Quantize(pool, x, w.dtype);
-  // A claim is worth about 64 Ki multiply-adds or 128 KiB of weights, but leaves several claims to every thread, so that
-  // a thread that loses its core costs its share and not half the step.
+  // A claim is worth about 64 Ki multiply-adds or 128 KiB of weights, but leaves several claims to every thread, so
+  // that a thread that loses its core costs its share and not half the step.
   const int64_t panels = NumPanels(w.rows);
   const int64_t for_bytes = (128 << 10) / PanelBytes(w.dtype, w.cols);
   const int64_t for_balance = panels / (int64_t{4} * pool.num_threads());

@@ -15,7 +15,8 @@
 #include "engine/cpu/panel_format.h"
 #include "hwy/highway.h"
 
-// Icelake and Zen 4 have VNNI, and Highway 1.0.3 checks for it before it chooses AVX3_DL, but does not tell the compiler.
+// Icelake and Zen 4 have VNNI, and Highway 1.0.3 checks for it before it chooses AVX3_DL, but does not tell the
+// compiler.
 #undef MINITRON_VNNI
 #if HWY_TARGET == HWY_AVX3_DL && HWY_COMPILER_GCC_ACTUAL
 #define MINITRON_VNNI 1
@@ -58,8 +59,8 @@ HWY_INLINE void ForRowTiles(int64_t rows, const Tile& tile) {
   for (int64_t t = 0, first = 0; t < tiles; ++t) {
     const int64_t count = rows / tiles + (t < rows % tiles ? 1 : 0);
     switch (count) {
-#define MINITRON_ROWS(n) \
-  case n:                \
+#define MINITRON_ROWS(n)                                                    \
+  case n:                                                                   \
     if constexpr (n <= kMax) tile(first, std::integral_constant<int, n>()); \
     break;
       MINITRON_ROWS(1)
@@ -106,7 +107,8 @@ HWY_INLINE VI DotI16(VI sum, VI a, VI b) {
 }
 
 // sum of four products of unsigned by signed bytes per lane. Sums are kept as the target likes them: 32 bits with VNNI,
-// else (but for a single lane) two halves of 16 bits, which hold 32 products of a nibble and an int8: 16 * 15 * 127 = 30480 < 2^15.
+// else (but for a single lane) two halves of 16 bits, which hold 32 products of a nibble and an int8: 16 * 15 * 127 =
+// 30480 < 2^15.
 HWY_INLINE VI DotU8I8(VI sum, VI a, VI b) {
 #if MINITRON_VNNI
   return VI{_mm512_dpbusd_epi32(sum.raw, a.raw, b.raw)};
@@ -165,8 +167,8 @@ HWY_INLINE VI OddBytes(VI v) {
 HWY_INLINE VF LoadScales(const uint8_t* scales) {
   const hn::Rebind<uint16_t, F32> narrow;
   const hn::RebindToUnsigned<F32> wide;
-  return hn::BitCast(F32(), hn::ShiftLeft<16>(hn::PromoteTo(
-                                wide, hn::LoadU(narrow, reinterpret_cast<const uint16_t*>(scales)))));
+  return hn::BitCast(
+      F32(), hn::ShiftLeft<16>(hn::PromoteTo(wide, hn::LoadU(narrow, reinterpret_cast<const uint16_t*>(scales)))));
 }
 
 // Rows of a panel's outputs are summed here, [rows][kPanelOuts], and then copied to where they belong.

@@ -17,8 +17,8 @@ namespace minitron::engine::cpu {
 //                     undoes the plus 8 of the stored weights.
 struct QuantizedRows {
   int64_t rows = 0;
-  int16_t* wide = nullptr;     // [groups, rows, kInt8Group]
-  float* row_scales = nullptr;  // [rows]
+  int16_t* wide = nullptr;        // [groups, rows, kInt8Group]
+  float* row_scales = nullptr;    // [rows]
   int8_t* narrow = nullptr;       // [groups, rows, kInt4Group]
   float* group_scales = nullptr;  // [groups, rows]
   int32_t* offsets = nullptr;     // [groups, rows]

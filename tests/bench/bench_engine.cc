@@ -1,6 +1,6 @@
 // minitron-bench-engine: the CPU backend against the limits of the machine it runs on.
 //   minitron-bench-engine [--threads N] [--shape 1b|1b-square|8b] [--target NAME] [--ops] [--model DIR]
-//                         [--quantize off|int8|int4] [--batches 1,8] [--prefill N] [--chunk N] [--repeats N]
+//                         [--quantize none|int8|int4] [--batches 1,8] [--prefill N] [--chunk N] [--repeats N]
 // Without --model only the limits and, with --ops, single matrix products are measured.
 #include <cstdio>
 #include <cstdlib>
@@ -42,15 +42,16 @@ std::vector<int> ParseList(const std::string& text) {
 }
 
 engine::Quantization ParseQuantization(const std::string& text) {
-  if (text == "off") return engine::Quantization::kOff;
+  if (text == "none") return engine::Quantization::kOff;
   if (text == "int8") return engine::Quantization::kInt8;
   if (text == "int4") return engine::Quantization::kInt4;
-  Fail("quantize " + text + " is not off, int8 or int4");
+  Fail("quantize " + text + " is not none, int8 or int4");
 }
 
 int ParseCount(const std::string& name, const std::string& text, int low, int high) {
   const int value = std::atoi(text.c_str());
-  if (value < low || value > high) Fail(name + " " + text + " outside [" + std::to_string(low) + ", " + std::to_string(high) + "]");
+  if (value < low || value > high)
+    Fail(name + " " + text + " outside [" + std::to_string(low) + ", " + std::to_string(high) + "]");
   return value;
 }
 

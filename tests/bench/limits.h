@@ -6,8 +6,8 @@
 namespace minitron::bench {
 
 struct Limits {
-  double read_bytes_per_s = 0.0;   // one forward stream per thread through memory far larger than the caches
-  double fma_flops_per_s = 0.0;    // fp32 fused multiply-adds on registers, two per FMA
+  double read_bytes_per_s = 0.0;  // one forward stream per thread through memory far larger than the caches
+  double fma_flops_per_s = 0.0;   // fp32 fused multiply-adds on registers, two per FMA
 };
 
 // Best of a few short runs each, on all threads of the pool.

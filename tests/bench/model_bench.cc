@@ -15,9 +15,7 @@ namespace {
 using engine::Batch;
 using engine::ModelRunner;
 
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // A field of /proc/self/status in MiB.
 double StatusMib(const std::string& key) {
@@ -131,7 +129,8 @@ bool BenchModel(engine::EngineOptions options, const ModelRun& run) {
   for (const int batch : run.batches) {
     rates.clear();
     for (int i = 0; i < run.repeats; ++i) rates.push_back(DecodeRate(runner, run, batch));
-    std::printf("  %-6s decode batch %2d  %9.2f tok/s\n", runner.model_info().weight_type.c_str(), batch, Median(rates));
+    std::printf("  %-6s decode batch %2d  %9.2f tok/s\n", runner.model_info().weight_type.c_str(), batch,
+                Median(rates));
     std::fflush(stdout);
   }
   std::printf("  %-6s resident %.0f MiB (file-backed %.0f MiB)\n", runner.model_info().weight_type.c_str(),

@@ -25,15 +25,16 @@ engine::NemotronConfig Shape(int layers, int hidden, int heads, int kv_heads, in
 
 std::string ConfigJson(const engine::NemotronConfig& c) {
   char text[1024];
-  std::snprintf(text, sizeof(text),
-                "{\"architectures\": [\"NemotronForCausalLM\"], \"model_type\": \"nemotron\", \"hidden_act\": \"relu2\",\n"
-                " \"vocab_size\": %d, \"hidden_size\": %d, \"num_hidden_layers\": %d, \"num_attention_heads\": %d,\n"
-                " \"num_key_value_heads\": %d, \"head_dim\": %d, \"intermediate_size\": %d,\n"
-                " \"max_position_embeddings\": %d, \"norm_eps\": 1e-05, \"partial_rotary_factor\": 0.5,\n"
-                " \"rope_theta\": 10000.0, \"bos_token_id\": 2, \"eos_token_id\": 3, \"tie_word_embeddings\": false,\n"
-                " \"torch_dtype\": \"bfloat16\"}\n",
-                c.vocab_size, c.hidden_size, c.num_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
-                c.intermediate_size, c.max_position_embeddings);
+  std::snprintf(
+      text, sizeof(text),
+      "{\"architectures\": [\"NemotronForCausalLM\"], \"model_type\": \"nemotron\", \"hidden_act\": \"relu2\",\n"
+      " \"vocab_size\": %d, \"hidden_size\": %d, \"num_hidden_layers\": %d, \"num_attention_heads\": %d,\n"
+      " \"num_key_value_heads\": %d, \"head_dim\": %d, \"intermediate_size\": %d,\n"
+      " \"max_position_embeddings\": %d, \"norm_eps\": 1e-05, \"partial_rotary_factor\": 0.5,\n"
+      " \"rope_theta\": 10000.0, \"bos_token_id\": 2, \"eos_token_id\": 3, \"tie_word_embeddings\": false,\n"
+      " \"torch_dtype\": \"bfloat16\"}\n",
+      c.vocab_size, c.hidden_size, c.num_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
+      c.intermediate_size, c.max_position_embeddings);
   return text;
 }
 

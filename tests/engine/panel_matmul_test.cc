@@ -43,8 +43,8 @@ struct Packed {
 Packed Pack(const WeightView& source, DType dtype) {
   Packed packed;
   packed.storage.resize(PackedBytes(dtype, source.rows, source.cols) + kPanelAlignment);
-  auto* data = reinterpret_cast<uint8_t*>(
-      (reinterpret_cast<uintptr_t>(packed.storage.data()) + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment);
+  auto* data = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(packed.storage.data()) + kPanelAlignment - 1) /
+                                          kPanelAlignment * kPanelAlignment);
   packed.view = {.data = data, .dtype = dtype, .rows = source.rows, .cols = source.cols};
   for (int64_t panel = 0; panel < NumPanels(source.rows); ++panel) {
     PackPanel(source, dtype, panel, data + panel * PanelBytes(dtype, source.cols));
@@ -66,8 +66,8 @@ float MulAdd(float a, float b, float sum, bool fused) { return fused ? std::fma(
 float ScaleOf(const WeightView& w, int64_t o, int64_t i) {
   const bool int8 = w.dtype == DType::kInt8Panels;
   const int64_t group = int8 ? kInt8Group : kInt4Group, block_bytes = int8 ? kInt8BlockBytes : kInt4BlockBytes;
-  const auto* block = static_cast<const uint8_t*>(w.data) + o / kPanelOuts * PanelBytes(w.dtype, w.cols) +
-                      i / group * block_bytes;
+  const auto* block =
+      static_cast<const uint8_t*>(w.data) + o / kPanelOuts * PanelBytes(w.dtype, w.cols) + i / group * block_bytes;
   uint16_t bits;
   std::memcpy(&bits, block + block_bytes - 2 * kPanelOuts + o % kPanelOuts * 2, 2);
   return Bf16ToFloat(bits);

@@ -14,6 +14,14 @@ absl::Status TryAdmit(ServerContext& server, BuiltRequest built, std::shared_ptr
   }
   built.request.id = server.names.NextId();
   id.store(built.request.id);
+  if (server.tenants != nullptr && server.auth != nullptr) {
+    const scheduler::Request& request = built.request;
+    const int64_t num_tokens =
+        static_cast<int64_t>(request.prompt_token_ids.size()) + int64_t{request.num_sequences} * request.max_tokens;
+    auto charge = server.tenants->Admit(request.tenant, request.num_sequences, num_tokens);
+    if (!charge.ok()) return charge.status();
+    built.spec.charge = *std::move(charge);
+  }
   const scheduler::RequestId request_id = built.request.id;
   absl::Status status = server.output->Register(request_id, std::move(built.spec), std::move(sink));
   if (!status.ok()) return status;
@@ -26,17 +34,18 @@ absl::Status TryAdmit(ServerContext& server, BuiltRequest built, std::shared_ptr
 
 absl::Status Admit(ServerContext& server, BuiltRequest built, std::shared_ptr<CallSink> sink,
                    std::atomic<scheduler::RequestId>& id) {
+  const std::string tenant = built.request.tenant;
   absl::Status status = TryAdmit(server, std::move(built), std::move(sink), id);
   // What the engine refuses without a reason of its own still gets one.
   if (!status.ok() && GetReason(status).empty()) {
     if (absl::IsUnavailable(status)) SetReason(status, reason::kQueueFull);
     if (absl::IsInvalidArgument(status)) SetReason(status, reason::kRequestTooLarge);
   }
-  if (!status.ok()) CountRefusal(server, status);
+  if (!status.ok()) CountRefusal(server, status, tenant);
   return status;
 }
 
-void CountRefusal(ServerContext& server, const absl::Status& status) {
+void CountRefusal(ServerContext& server, const absl::Status& status, const std::string& tenant) {
   const std::string why = GetReason(status);
   if (why == reason::kQueueFull) {
     server.metrics->CountRejection("queue_full");
@@ -44,6 +53,11 @@ void CountRefusal(ServerContext& server, const absl::Status& status) {
     server.metrics->CountRejection("draining");
   } else if (why == reason::kDuplicateRequestId) {
     server.metrics->CountRejection("duplicate");
+  } else if (why == reason::kQuotaExceeded) {
+    server.metrics->CountRejection("quota");
+    if (server.operator_metrics != nullptr) server.operator_metrics->CountTenantRefusal(tenant);
+  } else if (absl::IsUnauthenticated(status) || absl::IsPermissionDenied(status)) {
+    server.metrics->CountRejection("auth");
   } else {
     server.metrics->CountRejection(absl::IsInternal(status) ? "error" : "invalid");
   }

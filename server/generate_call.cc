@@ -30,9 +30,14 @@ GenerateCall* GenerateCall::Start(ServerContext* server, grpc::CallbackServerCon
 }
 
 absl::Status GenerateCall::Admit(const v1::GenerationTask& task) {
-  absl::StatusOr<BuiltRequest> built = BuildGenerate(task, server_->model, scope_.ReadCallContext());
+  absl::StatusOr<BuiltRequest> built = absl::InternalError("");
+  if (absl::StatusOr<CallContext> context = scope_.Begin(); context.ok()) {
+    built = BuildGenerate(task, server_->model, *context);
+  } else {
+    built = context.status();
+  }
   if (!built.ok()) {
-    CountRefusal(*server_, built.status());
+    CountRefusal(*server_, built.status(), scope_.tenant());
     return built.status();
   }
   answer_ = MakeAnswerOptions(*built);
@@ -79,6 +84,7 @@ void GenerateCall::OnFinished(FinishedEvent event) {
   v1::GenerateStreamResponse message;
   *message.mutable_finished() = ToProto(event);
   std::lock_guard<std::mutex> lock(mutex_);
+  scope_.AddUsage(event.num_prompt_tokens, event.num_output_tokens);
   if (finished_) return;
   queue_.push_back(std::move(message));
   Advance();

@@ -1,14 +1,16 @@
 #include "server/grpc_server.h"
 
+#include <grpc/support/log.h>
+#include <grpcpp/ext/channelz_service_plugin.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
-#include <netdb.h>
-#include <sys/socket.h>
-#include <unistd.h>
 
 #include <mutex>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "engine/base/log.h"
+#include "engine/base/status_macros.h"
 
 namespace minitron::server {
 namespace {
@@ -30,40 +32,99 @@ void SetLimits(grpc::ServerBuilder& builder, const GrpcServerOptions& options) {
   builder.SetMaxReceiveMessageSize(options.max_receive_bytes);
   builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options.max_concurrent_streams);
-  // A second server on a taken port must fail, not share it.
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, static_cast<int>(options.handshake_timeout.count()));
+  builder.AddChannelArgument(GRPC_ARG_ENABLE_CHANNELZ, options.channelz ? 1 : 0);
   // The receive limit is checked after inflating: a few KiB of gzip would become gigabytes.
   builder.SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
   builder.SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
 }
 
-absl::Status CannotListen(const std::string& host, int port) {
-  return absl::UnavailableError(absl::StrCat("cannot listen on ", host, ":", port, ": taken or not permitted"));
+// The plugins register themselves for all builders of the process, and there is no way to take it back.
+void AddPlugins(const GrpcServerOptions& options) {
+  static std::once_flag reflection_once;
+  static std::once_flag channelz_once;
+  grpc::EnableDefaultHealthCheckService(true);
+  if (options.reflection) {
+    std::call_once(reflection_once, [] { grpc::reflection::InitProtoReflectionServerBuilderPlugin(); });
+  }
+  if (options.channelz) {
+    std::call_once(channelz_once, [] { grpc::channelz::experimental::InitChannelzService(); });
+  }
+}
+
+bool IsHealth(const std::string& path) { return absl::StartsWith(path, "/grpc.health.v1.Health/"); }
+
+// Deny by default. Our own services tell their callers more than a code (RpcScope), so they ask themselves, and a test
+// calls every one of their methods; whatever else this process serves, or will, is closed here.
+CallFence MakeFence(const ServerContext& context) {
+  if (context.auth == nullptr) return nullptr;
+  return [&context](const std::string& path, const std::string& authorization) {
+    if (IsHealth(path) || absl::StartsWith(path, "/minitron.v1.")) return grpc::Status::OK;
+    const std::shared_ptr<const AuthTable> table = context.auth->table();
+    const Identity* identity = table->FindToken(BearerToken(authorization));
+    if (identity == nullptr) {
+      if (context.operator_metrics != nullptr) {
+        context.operator_metrics->CountAuthFailure(authorization.empty() ? "missing" : "unknown");
+      }
+      return grpc::Status(grpc::StatusCode::UNAUTHENTICATED, "this server asks for a token it knows");
+    }
+    const Role role = absl::StartsWith(path, "/grpc.channelz.") ? Role::kAdmin : Role::kUser;
+    if (identity->Has(role)) return grpc::Status::OK;
+    if (context.operator_metrics != nullptr) context.operator_metrics->CountAuthFailure("role");
+    return grpc::Status(grpc::StatusCode::PERMISSION_DENIED, "this method takes another role");
+  };
+}
+
+grpc::Status HealthOnly(const std::string& path, const std::string&) {
+  return IsHealth(path) ? grpc::Status::OK
+                        : grpc::Status(grpc::StatusCode::PERMISSION_DENIED, "this port answers health checks only");
+}
+
+Listener::Hooks MakeHooks(OperatorMetrics* metrics) {
+  if (metrics == nullptr) return {[](int) {}, [](const std::string&) {}};
+  return {[metrics](int open) { metrics->SetConnections(open); },
+          [metrics](const std::string& reason) { metrics->CountRefusedConnection(reason); }};
 }
 
 }  // namespace
 
+absl::Status GrpcServer::OpenPort(const std::string& host, int port,
+                                  std::shared_ptr<grpc::ServerCredentials> credentials, grpc::ServerBuilder& builder,
+                                  std::vector<Listener::Endpoint>& endpoints) {
+  ASSIGN_OR_RETURN(ListeningSocket socket, ListeningSocket::Open(host, port));
+  auto experimental = builder.experimental();
+  auto acceptor = experimental.AddExternalConnectionAcceptor(
+      grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD, credentials);
+  credentials_.push_back(std::move(credentials));
+  endpoints.push_back({std::move(socket), std::move(acceptor)});
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const GrpcServerOptions& options,
                                                               ServerContext* context) {
-  grpc::EnableDefaultHealthCheckService(true);
-  // The plugin registers itself for all builders of the process, and there is no way to take it back.
-  static std::once_flag reflection_once;
-  if (options.reflection) {
-    std::call_once(reflection_once, [] { grpc::reflection::InitProtoReflectionServerBuilderPlugin(); });
-  }
+  AddPlugins(options);
   std::unique_ptr<GrpcServer> server(new GrpcServer(context));
   grpc::ServerBuilder builder;
   SetKeepalive(builder);
   SetLimits(builder, options);
-  builder.AddListeningPort(absl::StrCat(options.host, ":", options.port), grpc::InsecureServerCredentials(),
-                           &server->port_);
+  std::vector<Listener::Endpoint> endpoints;
+  RETURN_IF_ERROR(server->OpenPort(options.host, options.port, MakeServerCredentials(options.tls, MakeFence(*context)),
+                                   builder, endpoints));
+  server->port_ = endpoints.back().socket.port();
+  if (options.health_port.has_value()) {
+    RETURN_IF_ERROR(server->OpenPort(options.host, *options.health_port, MakeServerCredentials(nullptr, HealthOnly),
+                                     builder, endpoints));
+    server->health_port_ = endpoints.back().socket.port();
+  }
   builder.RegisterService(&server->generation_);
   builder.RegisterService(&server->model_);
   builder.RegisterService(&server->admin_);
   server->server_ = builder.BuildAndStart();
-  if (server->server_ == nullptr || server->port_ == 0) return CannotListen(options.host, options.port);
+  if (server->server_ == nullptr) return absl::InternalError("gRPC refuses to start");
   server->SetReady(false);
   server->SetAlive(true);
+  server->listener_ =
+      std::make_unique<Listener>(options.listener, std::move(endpoints), MakeHooks(context->operator_metrics));
   return server;
 }
 
@@ -74,24 +135,20 @@ void GrpcServer::SetReady(bool ready) {
 void GrpcServer::SetAlive(bool alive) { server_->GetHealthCheckService()->SetServingStatus(kLiveness, alive); }
 
 void GrpcServer::Shutdown(std::chrono::milliseconds grace) {
+  listener_.reset();
   server_->Shutdown(std::chrono::system_clock::now() + grace);
   server_->Wait();
 }
 
+void RouteGrpcLogs() {
+  gpr_set_log_function([](gpr_log_func_args* line) {
+    base::LogEvent(line->severity == GPR_LOG_SEVERITY_ERROR ? base::LogLevel::kWarning : base::LogLevel::kInfo, "grpc",
+                   {{"message", line->message}});
+  });
+}
+
 absl::Status CheckPortIsFree(const std::string& host, int port) {
-  if (port == 0) return absl::OkStatus();
-  addrinfo hints{};
-  hints.ai_socktype = SOCK_STREAM;
-  hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
-  addrinfo* found = nullptr;
-  if (getaddrinfo(host.c_str(), absl::StrCat(port).c_str(), &hints, &found) != 0) return CannotListen(host, port);
-  const int fd = socket(found->ai_family, found->ai_socktype | SOCK_CLOEXEC, found->ai_protocol);
-  const int on = 1;
-  setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));  // as gRPC does: old closed connections do not count
-  const bool bound = fd >= 0 && bind(fd, found->ai_addr, found->ai_addrlen) == 0 && listen(fd, 1) == 0;
-  if (fd >= 0) close(fd);
-  freeaddrinfo(found);
-  return bound ? absl::OkStatus() : CannotListen(host, port);
+  return port == 0 ? absl::OkStatus() : ListeningSocket::Open(host, port).status();
 }
 
 }  // namespace minitron::server

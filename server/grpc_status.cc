@@ -5,6 +5,8 @@
 #include <grpcpp/support/error_details.h>
 
 #include "absl/strings/cord.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "engine/base/check.h"
 
@@ -13,6 +15,7 @@ namespace {
 
 constexpr char kReasonUrl[] = "minitron/reason";
 constexpr char kFieldUrl[] = "minitron/field";
+constexpr char kRetryUrl[] = "minitron/retry-ms";
 constexpr char kMetadataUrl[] = "minitron/metadata/";
 
 // A full queue empties at the pace of the model: come back soon. A draining server never comes back: another one may
@@ -84,7 +87,13 @@ absl::Status FieldError(const std::string& field, const std::string& message, co
   return status;
 }
 
+void SetRetryDelayMs(absl::Status& status, int delay_ms) {
+  status.SetPayload(kRetryUrl, absl::Cord(absl::StrCat(delay_ms)));
+}
+
 std::optional<int> RetryDelayMs(const absl::Status& status) {
+  int delay_ms = 0;
+  if (absl::SimpleAtoi(GetPayload(status, kRetryUrl), &delay_ms)) return delay_ms;
   if (!absl::IsUnavailable(status)) return std::nullopt;
   return GetReason(status) == reason::kDraining ? kDrainingRetryMs : kQueueFullRetryMs;
 }

@@ -33,6 +33,10 @@ inline constexpr char kNonFiniteLogits[] = "NON_FINITE_LOGITS";
 inline constexpr char kDeadlineExceeded[] = "DEADLINE_EXCEEDED";
 inline constexpr char kCancelled[] = "CANCELLED";
 inline constexpr char kWriteStalled[] = "WRITE_STALLED";
+inline constexpr char kNoToken[] = "NO_TOKEN";
+inline constexpr char kUnknownToken[] = "UNKNOWN_TOKEN";
+inline constexpr char kRoleMissing[] = "ROLE_MISSING";
+inline constexpr char kQuotaExceeded[] = "QUOTA_EXCEEDED";
 }  // namespace reason
 
 using Metadata = std::vector<std::pair<std::string, std::string>>;
@@ -55,11 +59,13 @@ absl::Status FieldError(const std::string& field, const std::string& message, co
 absl::Status ReasonError(absl::StatusCode code, const std::string& reason, const std::string& message,
                          const Metadata& metadata = {});
 
-// The wire form: always one ErrorInfo; BadRequest with a field; RetryInfo when UNAVAILABLE; QuotaFailure when
-// RESOURCE_EXHAUSTED. OK gives OK.
+// The wire form: always one ErrorInfo; BadRequest with a field; RetryInfo when trying again makes sense; QuotaFailure
+// when RESOURCE_EXHAUSTED. OK gives OK.
 grpc::Status ToGrpcStatus(const absl::Status& status);
 
-// How long a client should wait before it tries again; nullopt when trying again is pointless.
+// How long a client should wait before it tries again; nullopt when trying again is pointless. What SetRetryDelayMs
+// said, or a default for UNAVAILABLE.
+void SetRetryDelayMs(absl::Status& status, int delay_ms);
 std::optional<int> RetryDelayMs(const absl::Status& status);
 
 // The upper-case name of a code ("INVALID_ARGUMENT"), as used in metrics.

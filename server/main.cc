@@ -2,10 +2,12 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -16,9 +18,11 @@
 #include "server/grpc_server.h"
 #include "server/lifecycle.h"
 #include "server/metrics.h"
+#include "server/self_test.h"
 #include "server/server_options.h"
 #include "server/serving.h"
 #include "server/tokenizer.h"
+#include "server/vllm_metrics.h"
 
 namespace minitron::server {
 namespace {
@@ -85,14 +89,26 @@ absl::Status CheckPortFile(const std::string& path) {
 }
 
 // Other processes see the file complete or not at all.
-absl::Status WritePortFile(const std::string& path, int grpc_port, int metrics_port) {
+absl::Status WritePortFile(const std::string& path, const std::vector<std::pair<std::string, int>>& ports) {
   if (path.empty()) return absl::OkStatus();
   const std::string temporary = TemporaryName(path);
   std::FILE* file = std::fopen(temporary.c_str(), "w");
-  bool ok = file != nullptr && std::fprintf(file, "grpc=%d\nmetrics=%d\n", grpc_port, metrics_port) > 0;
+  bool ok = file != nullptr;
+  for (const auto& [name, port] : ports) ok = ok && std::fprintf(file, "%s=%d\n", name.c_str(), port) > 0;
   if (file != nullptr) ok = std::fclose(file) == 0 && ok;
   ok = ok && std::rename(temporary.c_str(), path.c_str()) == 0;
   return ok ? absl::OkStatus() : CannotWrite(path);
+}
+
+// What a full step may take, from one of a few tokens: more rows cost at most proportionally more.
+scheduler::Duration LongestStep(const SelfTestResult& tested, const ServerOptions& options) {
+  return tested.longest_step * options.max_step_tokens / std::max(tested.num_tokens, 1);
+}
+
+std::vector<std::string> Environment() {
+  std::vector<std::string> variables;
+  for (char** variable = environ; *variable != nullptr; ++variable) variables.emplace_back(*variable);
+  return variables;
 }
 
 int Run(const ServerOptions& options) {
@@ -102,6 +118,8 @@ int Run(const ServerOptions& options) {
   if (const absl::Status status = CheckPortIsFree(options.host, options.port); !status.ok()) {
     return Fail(kExitPort, status);
   }
+  auto security = OpenSecurity(options);
+  if (!security.ok()) return Fail(kExitUsage, security.status());
   auto metrics_server = MetricsServer::Start(options.host, options.metrics_port);
   if (!metrics_server.ok()) return Fail(kExitPort, metrics_server.status());
 
@@ -112,19 +130,29 @@ int Run(const ServerOptions& options) {
   if (!tokenizer.ok()) return Fail(kExitModel, tokenizer.status());
   auto defaults = engine::LoadGenerationDefaults(options.model);
   if (!defaults.ok()) return Fail(kExitModel, defaults.status());
-  const LoadedModel model = {ModelName(options), runner->get(), tokenizer->get(), *defaults};
+  LoadedModel model = {ModelName(options), runner->get(), tokenizer->get(), *defaults};
+  if (options.self_test) {
+    auto tested = RunSelfTest(**runner, Clock::now);
+    if (!tested.ok()) return Fail(kExitModel, tested.status());
+    model.longest_step = LongestStep(*tested, options);
+  }
+  base::LogEvent(base::LogLevel::kInfo, "options", DescribeOptions(options));
   LogModel(model.name, **runner, SecondsSince(start));
 
   // The threads and the listener.
-  auto serving = Serving::Start(options, model, &lifecycle);
+  auto serving = Serving::Start(options, model, &lifecycle, *std::move(security));
   if (!serving.ok()) return Fail(kExitPort, serving.status());
   (*serving)->metrics().SetModelLoadSeconds(SecondsSince(start));
   (*metrics_server)->Publish((*serving)->metrics());
+  const auto vllm_metrics = std::make_shared<VllmMetrics>((*serving)->metrics().registry());
+  if (options.metrics_compat == "vllm") (*metrics_server)->Publish(vllm_metrics);
   const int metrics_port = (*metrics_server)->port();
-  const absl::Status announced = WritePortFile(options.port_file, (*serving)->port(), metrics_port);
+  const absl::Status announced =
+      WritePortFile(options.port_file,
+                    {{"grpc", (*serving)->port()}, {"metrics", metrics_port}, {"health", (*serving)->health_port()}});
   if (!announced.ok()) lifecycle.RequestDrain();
-  base::LogInfo(absl::StrFormat("ready grpc=%s:%d metrics=%s:%d in %.2f s", options.host, (*serving)->port(),
-                                options.host, metrics_port, SecondsSince(start)));
+  base::LogInfo(absl::StrFormat("ready grpc=%s:%d metrics=%s:%d health=%d in %.2f s", options.host, (*serving)->port(),
+                                options.host, metrics_port, (*serving)->health_port(), SecondsSince(start)));
 
   const ExitCode code = (*serving)->ServeUntilEnd();
   return announced.ok() ? code : Fail(kExitUsage, announced);
@@ -132,7 +160,8 @@ int Run(const ServerOptions& options) {
 
 int Main(int argc, char** argv) {
   BlockSignals();
-  absl::StatusOr<ServerOptions> options = ParseServerOptions(std::vector<std::string>(argv + 1, argv + argc));
+  absl::StatusOr<ServerOptions> options =
+      ParseServerOptions(std::vector<std::string>(argv + 1, argv + argc), Environment());
   if (!options.ok()) return Fail(kExitUsage, options.status());
   if (options->show_help) {
     std::fputs(ServerOptionsHelp().c_str(), stdout);
@@ -147,6 +176,8 @@ int Main(int argc, char** argv) {
     return Fail(kExitModel,
                 absl::NotFoundError("no --model given and the one that ships with the server is not there"));
   }
+  base::SetLogFormat(options->log_format == "json" ? base::LogFormat::kJson : base::LogFormat::kText);
+  RouteGrpcLogs();
   return Run(*options);
 }
 

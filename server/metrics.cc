@@ -28,7 +28,7 @@ const std::vector<double> kStepTokenBounds = {1, 8, 16, 32, 64, 128, 256, 512, 1
 
 constexpr const char* kOutcomeNames[kNumCallOutcomes] = {"stop", "length", "cancelled", "deadline", "error"};
 constexpr const char* kPhaseNames[] = {"prefill", "decode", "mixed"};
-constexpr const char* kRejections[] = {"queue_full", "draining", "invalid", "duplicate", "error"};
+constexpr const char* kRejections[] = {"queue_full", "draining", "invalid", "duplicate", "quota", "auth", "error"};
 constexpr const char* kMethods[] = {"GenerateStream", "Generate",       "Score",        "Tokenize",
                                     "Detokenize",     "ListModels",     "GetModel",     "GetLoad",
                                     "Drain",          "CancelRequests", "GetServerInfo"};
@@ -300,6 +300,10 @@ MetricsServer::MetricsServer(std::unique_ptr<prometheus::Exposer> exposer, int p
 void MetricsServer::Publish(const Metrics& metrics) {
   exposer_->RegisterCollectable(metrics.registry());
   exposer_->RegisterCollectable(metrics.process());
+}
+
+void MetricsServer::Publish(const std::shared_ptr<prometheus::Collectable>& collectable) {
+  exposer_->RegisterCollectable(collectable);
 }
 
 }  // namespace minitron::server

@@ -58,6 +58,8 @@ class Metrics {
   ~Metrics();
 
   const std::shared_ptr<prometheus::Registry>& registry() const { return registry_; }
+  // What every series is labelled with.
+  const std::map<std::string, std::string>& labels() const { return labels_; }
   // The process_* series; register it beside the registry.
   const std::shared_ptr<prometheus::Collectable>& process() const { return process_; }
 
@@ -68,7 +70,7 @@ class Metrics {
   void CountRpc(const std::string& method, grpc::StatusCode code);
   void StreamOpened();
   void StreamClosed();
-  // `reason` is one of queue_full, draining, invalid, duplicate, error.
+  // `reason` is one of queue_full, draining, invalid, duplicate, quota, auth, error.
   void CountRejection(const std::string& reason);
   void CountWriteStall();
   void CountEngineError();
@@ -112,6 +114,7 @@ class MetricsServer {
   // Error: UNAVAILABLE when the port cannot be bound (names host and port).
   static absl::StatusOr<std::unique_ptr<MetricsServer>> Start(const std::string& host, int port);
   void Publish(const Metrics& metrics);
+  void Publish(const std::shared_ptr<prometheus::Collectable>& collectable);  // keeps no reference
   int port() const { return port_; }
 
  private:

@@ -193,6 +193,7 @@ void OutputProcessor::HandleStarted(const scheduler::PromptDoneEvent& event) {
   const CallPtr call = Find(event.id);
   if (call == nullptr || call->failed) return;
   call->num_cached_tokens = event.num_cached_tokens;
+  if (call->spec.charge != nullptr) call->spec.charge->OnStarted();
   observations_.num_prompt_tokens += event.num_prompt_tokens;
   observations_.num_cached_tokens += event.num_cached_tokens;
   call->sink->OnStarted({event.num_prompt_tokens, event.num_cached_tokens, std::move(call->prompt_logprobs)});
@@ -337,6 +338,11 @@ void OutputProcessor::CloseCall(const CallPtr& call) {
   ++observations_.outcomes[static_cast<int>(call->outcome)];
   observations_.e2e_latency.push_back(std::chrono::duration<double>(now_() - call->spec.arrival).count());
   observations_.prompt_tokens.push_back(call->spec.num_prompt_tokens);
+  if (call->spec.charge != nullptr) {
+    int64_t num_used = call->spec.num_prompt_tokens;
+    for (const SequenceState& sequence : call->sequences) num_used += sequence.num_tokens;
+    call->spec.charge->Settle(num_used);
+  }
   Remove(call);
   if (!call->failed) call->sink->OnComplete();
 }

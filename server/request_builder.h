@@ -4,6 +4,7 @@
 
 #include <minitron/v1/generation.pb.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "engine/model_config.h"
 #include "engine/model_runner.h"
 #include "scheduler/request.h"
+#include "server/tenant_gate.h"
 #include "server/tokenizer.h"
 
 namespace minitron::server {
@@ -28,8 +30,9 @@ struct ServedModel {
 
 // What a call brings besides its message.
 struct CallContext {
-  std::string request_id;  // from x-request-id; used when the message names none
-  std::string tenant;      // from x-minitron-tenant
+  std::string request_id;        // from x-request-id; used when the message names none
+  std::string tenant;            // of the token; without authentication x-minitron-tenant
+  bool is_tenant_known = false;  // authenticated: then its cached prefixes are its own
   scheduler::TimePoint arrival;
   scheduler::TimePoint deadline = scheduler::TimePoint::max();
   uint64_t fresh_seed = 0;       // used when the request sets none
@@ -47,6 +50,7 @@ struct CallSpec {
   bool include_stop_sequence = false;
   bool skip_special_tokens = true;
   bool scoring = false;
+  std::shared_ptr<TenantGate::Charge> charge;  // null without authentication
 };
 
 struct BuiltRequest {

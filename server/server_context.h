@@ -7,9 +7,13 @@
 
 #include "absl/status/status.h"
 #include "scheduler/request.h"
+#include "server/audit_log.h"
+#include "server/auth.h"
 #include "server/metrics.h"
+#include "server/operator_metrics.h"
 #include "server/output_processor.h"
 #include "server/request_builder.h"
+#include "server/tenant_gate.h"
 
 namespace minitron::server {
 
@@ -39,8 +43,12 @@ struct EngineLimits {
 struct ServerContext {
   ServedModel model;
   EngineLimits limits;
-  Metrics* metrics = nullptr;         // owned by main
-  OutputProcessor* output = nullptr;  // owned by main
+  Metrics* metrics = nullptr;                   // owned by main
+  OutputProcessor* output = nullptr;            // owned by main
+  OperatorMetrics* operator_metrics = nullptr;  // these may be null; owned by Serving
+  const AuthStore* auth = nullptr;              // null: everybody may call everything
+  TenantGate* tenants = nullptr;
+  AuditLog* audit = nullptr;
   // The engine's two doors; see EngineCore::Submit and Abort.
   std::function<absl::Status(scheduler::Request)> submit;
   std::function<void(scheduler::RequestId)> abort;

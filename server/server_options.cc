@@ -1,14 +1,19 @@
 #include "server/server_options.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <functional>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "engine/base/status_macros.h"
+#include "engine/checkpoint/json.h"
+#include "server/small_file.h"
 
 namespace minitron::server {
 namespace {
@@ -61,7 +66,23 @@ const std::vector<Flag>& Flags() {
       Seconds("drain-delay", &O::drain_delay_s, 0, 3600, "seconds between not ready and refusing, on SIGTERM"),
       Seconds("write-stall-timeout", &O::write_stall_timeout_s, 0.01, 86400, "seconds a client may not read"),
       Seconds("max-request-timeout", &O::max_request_timeout_s, 0.01, 86400, "longest deadline of a request, seconds"),
-      Switch("reflection", &O::reflection, "gRPC server reflection"),
+      Text("config", &O::config, "JSON file with options by name; flags and environment count before it"),
+      Text("tls-cert", &O::tls_cert, "PEM certificate chain; with --tls-key turns TLS on; re-read when it changes"),
+      Text("tls-key", &O::tls_key, "PEM private key of --tls-cert"),
+      Text("tls-client-ca", &O::tls_client_ca, "PEM authorities; clients must then show a certificate of one"),
+      Text("auth-file", &O::auth_file, "JSON file of tokens, roles and tenants; turns authentication on"),
+      Text("audit-log", &O::audit_log, "file that gets one JSON line per call"),
+      Text("log-format", &O::log_format, "text or json"),
+      Text("metrics-compat", &O::metrics_compat, "none, or vllm: also the names that tools for vLLM read"),
+      Int("health-port", &O::health_port, -1, 65535, "plaintext port for health checks alone; 0 any free, -1 none"),
+      Int("max-connections", &O::max_connections, 0, 1 << 20, "open connections; 0: half the descriptor limit"),
+      Int("max-connections-per-address", &O::max_connections_per_address, 0, 1 << 20, "of one client; 0: no limit"),
+      Seconds("handshake-timeout", &O::handshake_timeout_s, 0.1, 600, "seconds until a connection must speak HTTP/2"),
+      Seconds("hang-timeout", &O::hang_timeout_s, 0.1, 86400, "seconds without an engine step that count as hung"),
+      Seconds("memory-mark", &O::memory_mark, 0.1, 1, "fraction of the memory limit above which it is not ready"),
+      Switch("self-test", &O::self_test, "run the model on a fixed prompt before ready"),
+      Switch("reflection", &O::reflection, "gRPC server reflection; with --auth-file for known tokens only"),
+      Switch("channelz", &O::channelz, "gRPC channelz; with --auth-file for the role admin only"),
       Switch("add-bos", &O::add_bos, "prepend BOS to text prompts unless a request says otherwise"),
       Switch("help", &O::show_help, "print this and exit"),
       Switch("version", &O::show_version, "print the version and exit"),
@@ -82,25 +103,33 @@ std::string Number(double value) {
   return text;
 }
 
-absl::Status BadValue(const Flag& flag, const std::string& value, const std::string& problem) {
-  return absl::InvalidArgumentError(absl::StrCat("--", flag.name, "=", value, ": ", problem));
+// An option somebody gave: `shown` is how they wrote its name.
+struct Given {
+  const Flag* flag;
+  std::string value;
+  std::string shown;
+};
+
+absl::Status BadValue(const std::string& shown, const std::string& value, const std::string& problem) {
+  return absl::InvalidArgumentError(absl::StrCat(shown, "=", value, ": ", problem));
 }
 
-absl::Status SetNumber(const Flag& flag, const std::string& value, ServerOptions& options) {
+absl::Status SetNumber(const Given& given, ServerOptions& options) {
+  const Flag& flag = *given.flag;
+  const std::string& value = given.value;
   double number = 0;
+  const std::string range = absl::StrCat("[", Number(flag.min), ", ", Number(flag.max), "]");
   if (flag.integer != nullptr) {
     int whole = 0;
     const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), whole);
     if (end != value.data() + value.size() || error != std::errc()) {
-      return BadValue(flag, value, absl::StrCat("not an integer in [", Number(flag.min), ", ", Number(flag.max), "]"));
+      return BadValue(given.shown, value, absl::StrCat("not an integer in ", range));
     }
     number = whole;
   } else if (!absl::SimpleAtod(value, &number) || !std::isfinite(number)) {
-    return BadValue(flag, value, absl::StrCat("not a number in [", Number(flag.min), ", ", Number(flag.max), "]"));
+    return BadValue(given.shown, value, absl::StrCat("not a number in ", range));
   }
-  if (number < flag.min || number > flag.max) {
-    return BadValue(flag, value, absl::StrCat("outside [", Number(flag.min), ", ", Number(flag.max), "]"));
-  }
+  if (number < flag.min || number > flag.max) return BadValue(given.shown, value, absl::StrCat("outside ", range));
   if (flag.integer != nullptr) {
     options.*flag.integer = static_cast<int>(number);
   } else {
@@ -109,65 +138,24 @@ absl::Status SetNumber(const Flag& flag, const std::string& value, ServerOptions
   return absl::OkStatus();
 }
 
-absl::Status SetSwitch(const Flag& flag, const std::string& value, ServerOptions& options) {
-  if (value != "true" && value != "false") return BadValue(flag, value, "not true or false");
-  options.*flag.toggle = value == "true";
+absl::Status Set(const Given& given, const char* source, ServerOptions& options) {
+  const Flag& flag = *given.flag;
+  options.sources[flag.name] = source;
+  if (flag.text == nullptr && flag.toggle == nullptr) return SetNumber(given, options);
+  if (flag.toggle != nullptr) {
+    if (given.value != "true" && given.value != "false") {
+      return BadValue(given.shown, given.value, "not true or false");
+    }
+    options.*flag.toggle = given.value == "true";
+    return absl::OkStatus();
+  }
+  if (given.value.empty()) return BadValue(given.shown, given.value, "is empty");
+  options.*flag.text = given.value;
   return absl::OkStatus();
 }
 
-absl::Status Set(const Flag& flag, const std::string& value, ServerOptions& options) {
-  if (flag.toggle != nullptr) return SetSwitch(flag, value, options);
-  if (flag.text == nullptr) return SetNumber(flag, value, options);
-  if (value.empty()) return BadValue(flag, value, "is empty");
-  options.*flag.text = value;
-  return absl::OkStatus();
-}
-
-absl::Status CheckTogether(const ServerOptions& options) {
-  if ((options.block_size & (options.block_size - 1)) != 0) {
-    return BadValue(*FindFlag("block-size"), absl::StrCat(options.block_size), "not a power of two in [8, 256]");
-  }
-  if (options.backend != "auto" && options.backend != "cpu" && options.backend != "cuda") {
-    return BadValue(*FindFlag("backend"), options.backend, "not one of auto, cpu, cuda");
-  }
-  if (options.quantize != "none" && options.quantize != "int8" && options.quantize != "int4") {
-    return BadValue(*FindFlag("quantize"), options.quantize, "not one of none, int8, int4");
-  }
-  if (options.max_step_tokens < options.max_num_sequences) {
-    return BadValue(*FindFlag("max-step-tokens"), absl::StrCat(options.max_step_tokens),
-                    absl::StrCat("below --max-num-sequences=", options.max_num_sequences,
-                                 ": every running sequence needs a token per step"));
-  }
-  if (options.port != 0 && options.port == options.metrics_port) {
-    return BadValue(*FindFlag("metrics-port"), absl::StrCat(options.metrics_port), "the same as --port");
-  }
-  return absl::OkStatus();
-}
-
-std::string DefaultOf(const Flag& flag) {
-  const ServerOptions defaults;
-  if (flag.integer != nullptr) return absl::StrCat(defaults.*flag.integer);
-  if (flag.seconds != nullptr) return Number(defaults.*flag.seconds);
-  if (flag.toggle != nullptr) return defaults.*flag.toggle ? "true" : "false";
-  return defaults.*flag.text;
-}
-
-}  // namespace
-
-engine::Backend ServerOptions::backend_kind() const {
-  if (backend == "cpu") return engine::Backend::kCpu;
-  if (backend == "cuda") return engine::Backend::kCuda;
-  return engine::Backend::kAuto;
-}
-
-engine::Quantization ServerOptions::quantization() const {
-  if (quantize == "int8") return engine::Quantization::kInt8;
-  if (quantize == "int4") return engine::Quantization::kInt4;
-  return engine::Quantization::kOff;
-}
-
-absl::StatusOr<ServerOptions> ParseServerOptions(const std::vector<std::string>& arguments) {
-  ServerOptions options;
+absl::StatusOr<std::vector<Given>> ReadArguments(const std::vector<std::string>& arguments) {
+  std::vector<Given> result;
   for (size_t i = 0; i < arguments.size(); ++i) {
     const std::string& argument = arguments[i];
     if (argument.rfind("--", 0) != 0) {
@@ -191,17 +179,147 @@ absl::StatusOr<ServerOptions> ParseServerOptions(const std::vector<std::string>&
     } else {
       return absl::InvalidArgumentError(absl::StrCat("--", name, " needs a value"));
     }
-    RETURN_IF_ERROR(Set(*flag, value, options));
+    result.push_back({flag, std::move(value), absl::StrCat("--", flag->name)});
   }
+  return result;
+}
+
+absl::StatusOr<std::vector<Given>> ReadEnvironment(const std::vector<std::string>& environment) {
+  std::vector<Given> result;
+  const std::string prefix = "MINITRON_SERVER_";
+  for (const std::string& variable : environment) {
+    if (variable.rfind(prefix, 0) != 0) continue;
+    const size_t equals = variable.find('=');
+    const std::string shown = variable.substr(0, equals);
+    std::string name = absl::AsciiStrToLower(shown.substr(prefix.size()));
+    std::replace(name.begin(), name.end(), '_', '-');
+    const Flag* flag = FindFlag(name);
+    if (flag == nullptr) return absl::InvalidArgumentError(absl::StrCat("unknown variable ", shown, "; see --help"));
+    result.push_back({flag, equals == std::string::npos ? "" : variable.substr(equals + 1), shown});
+  }
+  return result;
+}
+
+absl::StatusOr<std::vector<Given>> ReadConfigFile(const std::string& path) {
+  ASSIGN_OR_RETURN(const std::string text, ReadSmallFile(path, 1 << 20));
+  engine::JsonValue root;
+  std::string error;
+  if (!engine::ParseJson(text.data(), static_cast<int64_t>(text.size()), {}, &root, &error)) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": ", error));
+  }
+  if (!root.is(engine::JsonValue::Type::kObject)) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": not a JSON object"));
+  }
+  std::vector<Given> result;
+  for (size_t i = 0; i < root.keys.size(); ++i) {
+    const std::string shown = absl::StrCat(path, ": ", root.keys[i]);
+    const Flag* flag = FindFlag(root.keys[i]);
+    if (flag == nullptr || root.keys[i] == "config") {
+      return absl::InvalidArgumentError(absl::StrCat(shown, ": unknown key; see --help"));
+    }
+    const engine::JsonValue& value = root.items[i];
+    const bool is_text = value.is(engine::JsonValue::Type::kString);
+    result.push_back({flag, is_text ? value.string : value.Describe(), shown});
+  }
+  return result;
+}
+
+absl::Status CheckOneOf(const char* name, const std::string& value, const std::vector<std::string>& allowed) {
+  if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return absl::OkStatus();
+  return BadValue(absl::StrCat("--", name), value, absl::StrCat("not one of ", absl::StrJoin(allowed, ", ")));
+}
+
+absl::Status CheckTls(const ServerOptions& options) {
+  if (options.tls_cert.empty() != options.tls_key.empty()) {
+    return absl::InvalidArgumentError("--tls-cert and --tls-key: one without the other");
+  }
+  if (!options.tls_client_ca.empty() && options.tls_cert.empty()) {
+    return absl::InvalidArgumentError("--tls-client-ca needs --tls-cert and --tls-key");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckTogether(const ServerOptions& options) {
+  if ((options.block_size & (options.block_size - 1)) != 0) {
+    return BadValue("--block-size", absl::StrCat(options.block_size), "not a power of two in [8, 256]");
+  }
+  RETURN_IF_ERROR(CheckOneOf("backend", options.backend, {"auto", "cpu", "cuda"}));
+  RETURN_IF_ERROR(CheckOneOf("quantize", options.quantize, {"none", "int8", "int4"}));
+  RETURN_IF_ERROR(CheckOneOf("log-format", options.log_format, {"text", "json"}));
+  RETURN_IF_ERROR(CheckOneOf("metrics-compat", options.metrics_compat, {"none", "vllm"}));
+  RETURN_IF_ERROR(CheckTls(options));
+  if (options.max_step_tokens < options.max_num_sequences) {
+    return BadValue("--max-step-tokens", absl::StrCat(options.max_step_tokens),
+                    absl::StrCat("below --max-num-sequences=", options.max_num_sequences,
+                                 ": every running sequence needs a token per step"));
+  }
+  if (options.port != 0 && options.port == options.metrics_port) {
+    return BadValue("--metrics-port", absl::StrCat(options.metrics_port), "the same as --port");
+  }
+  if (options.health_port > 0 && (options.health_port == options.port || options.health_port == options.metrics_port)) {
+    return BadValue("--health-port", absl::StrCat(options.health_port), "the same as another port");
+  }
+  return absl::OkStatus();
+}
+
+std::string ValueOf(const Flag& flag, const ServerOptions& options) {
+  if (flag.integer != nullptr) return absl::StrCat(options.*flag.integer);
+  if (flag.seconds != nullptr) return Number(options.*flag.seconds);
+  if (flag.toggle != nullptr) return options.*flag.toggle ? "true" : "false";
+  return options.*flag.text;
+}
+
+}  // namespace
+
+engine::Backend ServerOptions::backend_kind() const {
+  if (backend == "cpu") return engine::Backend::kCpu;
+  if (backend == "cuda") return engine::Backend::kCuda;
+  return engine::Backend::kAuto;
+}
+
+engine::Quantization ServerOptions::quantization() const {
+  if (quantize == "int8") return engine::Quantization::kInt8;
+  if (quantize == "int4") return engine::Quantization::kInt4;
+  return engine::Quantization::kOff;
+}
+
+absl::StatusOr<ServerOptions> ParseServerOptions(const std::vector<std::string>& arguments,
+                                                 const std::vector<std::string>& environment) {
+  ASSIGN_OR_RETURN(const std::vector<Given> flags, ReadArguments(arguments));
+  ASSIGN_OR_RETURN(const std::vector<Given> variables, ReadEnvironment(environment));
+  ServerOptions options;
+  std::string path;
+  for (const auto* given : {&variables, &flags}) {
+    for (const Given& one : *given) path = std::string(one.flag->name) == "config" ? one.value : path;
+  }
+  std::vector<Given> file;
+  if (!path.empty()) {
+    ASSIGN_OR_RETURN(file, ReadConfigFile(path));
+  }
+  for (const Given& given : file) RETURN_IF_ERROR(Set(given, "file", options));
+  for (const Given& given : variables) RETURN_IF_ERROR(Set(given, "environment", options));
+  for (const Given& given : flags) RETURN_IF_ERROR(Set(given, "flag", options));
   RETURN_IF_ERROR(CheckTogether(options));
   return options;
 }
 
+base::LogFields DescribeOptions(const ServerOptions& options) {
+  base::LogFields fields;
+  for (const Flag& flag : Flags()) {
+    const auto source = options.sources.find(flag.name);
+    if (source == options.sources.end()) continue;
+    fields.emplace_back(flag.name, absl::StrCat(ValueOf(flag, options), " (", source->second, ")"));
+  }
+  return fields;
+}
+
 std::string ServerOptionsHelp() {
-  std::string help = "minitron-server: serves a Nemotron model over gRPC.\n\nFlags (--flag=value or --flag value):\n";
+  std::string help =
+      "minitron-server: serves a Nemotron model over gRPC.\n\nFlags (--flag=value or --flag value), also as "
+      "MINITRON_SERVER_FLAG=value, or in a JSON file by name:\n";
   for (const Flag& flag : Flags()) {
     std::string left = absl::StrCat("  --", flag.name);
-    const std::string fallback = DefaultOf(flag);
+    const std::string fallback = ValueOf(flag, ServerOptions());
     if (!fallback.empty()) absl::StrAppend(&left, "=", fallback);
     if (left.size() < 34) left.resize(34, ' ');
     absl::StrAppend(&help, left, " ", flag.help, "\n");

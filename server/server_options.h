@@ -1,14 +1,20 @@
-// Flags of minitron-server: parsed and validated into one struct. Pure apart from looking for the default model.
+// Options of minitron-server: flags, environment and one file, validated into one struct. What a flag says counts
+// before the environment, that before the file, that before the default; in each, names nobody knows are refused.
+//
+// A flag --max-context-tokens is the variable MINITRON_SERVER_MAX_CONTEXT_TOKENS and the file's key
+// "max-context-tokens". No option holds a secret: secrets are in files that options name.
 //
 // Our own small parser instead of absl flags: those are process-wide mutable state, print several lines on an error
 // and choose the exit code themselves.
 #pragma once
 
 #include <chrono>
+#include <map>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "engine/base/log.h"
 #include "engine/model_runner.h"
 
 namespace minitron::server {
@@ -36,18 +42,42 @@ struct ServerOptions {
   double drain_delay_s = 0;
   double write_stall_timeout_s = 30;
   double max_request_timeout_s = 600;
+  std::string config;    // JSON file
+  std::string tls_cert;  // PEM; empty: plaintext
+  std::string tls_key;
+  std::string tls_client_ca;  // empty: clients need no certificate
+  std::string auth_file;      // empty: everybody may call everything
+  std::string audit_log;      // empty: none
+  std::string log_format = "text";
+  std::string metrics_compat = "none";
+  int health_port = -1;                 // -1: none
+  int max_connections = 0;              // 0: half the descriptors
+  int max_connections_per_address = 0;  // 0: no limit
+  double handshake_timeout_s = 10;
+  double hang_timeout_s = 10;
+  double memory_mark = 0.95;
+  bool self_test = true;
   bool reflection = true;
+  bool channelz = false;
   bool add_bos = false;
   bool show_help = false;
   bool show_version = false;
+
+  // Where each option that was given comes from: flag, environment, file.
+  std::map<std::string, std::string> sources;
 
   engine::Backend backend_kind() const;
   engine::Quantization quantization() const;
 };
 
-// Reads argv[1..]. Both --flag=value and --flag value; --no-flag for switches.
-// Error: INVALID_ARGUMENT, one line with flag, value and limit.
-absl::StatusOr<ServerOptions> ParseServerOptions(const std::vector<std::string>& arguments);
+// Reads argv[1..] (--flag=value and --flag value; --no-flag for switches), the environment ("NAME=value" each; names
+// that do not start with MINITRON_SERVER_ are not ours) and the file that one of the two names.
+// Error: INVALID_ARGUMENT or NOT_FOUND, one line with name, value and limit.
+absl::StatusOr<ServerOptions> ParseServerOptions(const std::vector<std::string>& arguments,
+                                                 const std::vector<std::string>& environment = {});
+
+// Every option that was given, with its value and where it comes from, for the first line of the log.
+base::LogFields DescribeOptions(const ServerOptions& options);
 
 // One line per flag with its default and meaning.
 std::string ServerOptionsHelp();

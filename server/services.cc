@@ -10,11 +10,15 @@
 namespace minitron::server {
 namespace {
 
-// Ends a call that needed no engine.
-grpc::ServerUnaryReactor* Reply(ServerContext* server, grpc::CallbackServerContext* context, const char* method,
-                                const absl::Status& status) {
+// A call that needs no engine: answered at once, for callers who may.
+template <typename Handler>
+grpc::ServerUnaryReactor* Answer(ServerContext* server, grpc::CallbackServerContext* context, const char* method,
+                                 Role role, const Handler& handler) {
+  RpcScope scope(server, context, method, role);
+  absl::Status status = scope.Authorize();
+  if (status.ok()) status = handler();
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(RpcScope(server, context, method).Close(status));
+  reactor->Finish(scope.Close(status));
   return reactor;
 }
 
@@ -55,6 +59,45 @@ absl::Status FillText(const v1::DetokenizeRequest& request, const ServedModel& m
   return absl::OkStatus();
 }
 
+void FillInfo(const ServerContext& server, v1::GetServerInfoResponse& response) {
+  const EngineLimits& limits = server.limits;
+  response.set_version(MINITRON_VERSION);
+  response.set_backend(server.model.info.backend);
+  response.set_model(server.model.name);
+  response.set_kv_block_size(static_cast<uint32_t>(limits.kv_block_size));
+  response.set_kv_blocks(static_cast<uint32_t>(limits.kv_blocks));
+  response.set_max_running_sequences(static_cast<uint32_t>(limits.max_num_sequences));
+  response.set_max_step_tokens(static_cast<uint32_t>(limits.max_step_tokens));
+  response.set_max_queued_requests(static_cast<uint32_t>(limits.max_queued_requests));
+  response.set_max_context_tokens(static_cast<uint32_t>(server.model.info.max_context_tokens));
+  const auto up = std::chrono::duration_cast<std::chrono::milliseconds>(server.now() - server.ready_since).count();
+  response.mutable_uptime()->set_seconds(up / 1000);
+  response.mutable_uptime()->set_nanos(static_cast<int32_t>(up % 1000 * 1000000));
+}
+
+void FillLoad(const ServerContext& server, v1::GetLoadResponse& response) {
+  const scheduler::StepStats stats = server.output->last_stats();
+  response.set_running_sequences(static_cast<uint32_t>(stats.num_running));
+  response.set_waiting_sequences(static_cast<uint32_t>(server.queue_depth()));
+  response.set_kv_blocks_used(static_cast<uint32_t>(stats.num_blocks_used));
+  response.set_kv_blocks(static_cast<uint32_t>(server.limits.kv_blocks));
+  response.set_draining(server.draining.load());
+  response.set_active_calls(static_cast<uint32_t>(server.output->num_live()));
+}
+
+absl::Status CancelByName(const v1::CancelRequestsRequest& request, OutputProcessor& output,
+                          v1::CancelRequestsResponse& response) {
+  const int count = request.request_ids_size();
+  if (count > limits::kMaxCancelIds) {
+    return FieldError("request_ids", absl::StrCat(count, " names, at most ", limits::kMaxCancelIds),
+                      {{"actual", absl::StrCat(count)}, {"limit", absl::StrCat(limits::kMaxCancelIds)}});
+  }
+  uint32_t cancelled = 0;
+  for (const std::string& request_id : request.request_ids()) cancelled += output.CancelByName(request_id);
+  response.set_cancelled(cancelled);
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 grpc::ServerWriteReactor<v1::GenerateStreamResponse>* GenerationService::GenerateStream(
@@ -76,79 +119,64 @@ grpc::ServerUnaryReactor* GenerationService::Score(grpc::CallbackServerContext* 
 grpc::ServerUnaryReactor* GenerationService::Tokenize(grpc::CallbackServerContext* context,
                                                       const v1::TokenizeRequest* request,
                                                       v1::TokenizeResponse* response) {
-  return Reply(server_, context, "Tokenize", FillTokens(*request, server_->model, *response));
+  return Answer(server_, context, "Tokenize", Role::kUser,
+                [&] { return FillTokens(*request, server_->model, *response); });
 }
 
 grpc::ServerUnaryReactor* GenerationService::Detokenize(grpc::CallbackServerContext* context,
                                                         const v1::DetokenizeRequest* request,
                                                         v1::DetokenizeResponse* response) {
-  return Reply(server_, context, "Detokenize", FillText(*request, server_->model, *response));
+  return Answer(server_, context, "Detokenize", Role::kUser,
+                [&] { return FillText(*request, server_->model, *response); });
 }
 
 grpc::ServerUnaryReactor* ModelService::ListModels(grpc::CallbackServerContext* context, const v1::ListModelsRequest*,
                                                    v1::ListModelsResponse* response) {
-  Describe(server_->model, *response->add_models());
-  return Reply(server_, context, "ListModels", absl::OkStatus());
+  return Answer(server_, context, "ListModels", Role::kUser, [&] {
+    Describe(server_->model, *response->add_models());
+    return absl::OkStatus();
+  });
 }
 
 grpc::ServerUnaryReactor* ModelService::GetModel(grpc::CallbackServerContext* context,
                                                  const v1::GetModelRequest* request, v1::GetModelResponse* response) {
-  const absl::Status status = CheckModelName(request->name(), server_->model);
-  if (status.ok()) Describe(server_->model, *response->mutable_model());
-  return Reply(server_, context, "GetModel", status);
+  return Answer(server_, context, "GetModel", Role::kUser, [&]() -> absl::Status {
+    RETURN_IF_ERROR(CheckModelName(request->name(), server_->model));
+    Describe(server_->model, *response->mutable_model());
+    return absl::OkStatus();
+  });
 }
 
 grpc::ServerUnaryReactor* AdminService::GetServerInfo(grpc::CallbackServerContext* context,
                                                       const v1::GetServerInfoRequest*,
                                                       v1::GetServerInfoResponse* response) {
-  const EngineLimits& limits = server_->limits;
-  response->set_version(MINITRON_VERSION);
-  response->set_backend(server_->model.info.backend);
-  response->set_model(server_->model.name);
-  response->set_kv_block_size(static_cast<uint32_t>(limits.kv_block_size));
-  response->set_kv_blocks(static_cast<uint32_t>(limits.kv_blocks));
-  response->set_max_running_sequences(static_cast<uint32_t>(limits.max_num_sequences));
-  response->set_max_step_tokens(static_cast<uint32_t>(limits.max_step_tokens));
-  response->set_max_queued_requests(static_cast<uint32_t>(limits.max_queued_requests));
-  response->set_max_context_tokens(static_cast<uint32_t>(server_->model.info.max_context_tokens));
-  const auto up = std::chrono::duration_cast<std::chrono::milliseconds>(server_->now() - server_->ready_since).count();
-  response->mutable_uptime()->set_seconds(up / 1000);
-  response->mutable_uptime()->set_nanos(static_cast<int32_t>(up % 1000 * 1000000));
-  return Reply(server_, context, "GetServerInfo", absl::OkStatus());
+  return Answer(server_, context, "GetServerInfo", Role::kAdmin, [&] {
+    FillInfo(*server_, *response);
+    return absl::OkStatus();
+  });
 }
 
 grpc::ServerUnaryReactor* AdminService::GetLoad(grpc::CallbackServerContext* context, const v1::GetLoadRequest*,
                                                 v1::GetLoadResponse* response) {
-  const scheduler::StepStats stats = server_->output->last_stats();
-  response->set_running_sequences(static_cast<uint32_t>(stats.num_running));
-  response->set_waiting_sequences(static_cast<uint32_t>(server_->queue_depth()));
-  response->set_kv_blocks_used(static_cast<uint32_t>(stats.num_blocks_used));
-  response->set_kv_blocks(static_cast<uint32_t>(server_->limits.kv_blocks));
-  response->set_draining(server_->draining.load());
-  response->set_active_calls(static_cast<uint32_t>(server_->output->num_live()));
-  return Reply(server_, context, "GetLoad", absl::OkStatus());
+  return Answer(server_, context, "GetLoad", Role::kAdmin, [&] {
+    FillLoad(*server_, *response);
+    return absl::OkStatus();
+  });
 }
 
 grpc::ServerUnaryReactor* AdminService::CancelRequests(grpc::CallbackServerContext* context,
                                                        const v1::CancelRequestsRequest* request,
                                                        v1::CancelRequestsResponse* response) {
-  if (request->request_ids_size() > limits::kMaxCancelIds) {
-    return Reply(
-        server_, context, "CancelRequests",
-        FieldError(
-            "request_ids", absl::StrCat(request->request_ids_size(), " names, at most ", limits::kMaxCancelIds),
-            {{"actual", absl::StrCat(request->request_ids_size())}, {"limit", absl::StrCat(limits::kMaxCancelIds)}}));
-  }
-  uint32_t cancelled = 0;
-  for (const std::string& request_id : request->request_ids()) cancelled += server_->output->CancelByName(request_id);
-  response->set_cancelled(cancelled);
-  return Reply(server_, context, "CancelRequests", absl::OkStatus());
+  return Answer(server_, context, "CancelRequests", Role::kAdmin,
+                [&] { return CancelByName(*request, *server_->output, *response); });
 }
 
 grpc::ServerUnaryReactor* AdminService::Drain(grpc::CallbackServerContext* context, const v1::DrainRequest*,
                                               v1::DrainResponse*) {
-  server_->begin_drain();
-  return Reply(server_, context, "Drain", absl::OkStatus());
+  return Answer(server_, context, "Drain", Role::kAdmin, [&] {
+    server_->begin_drain();
+    return absl::OkStatus();
+  });
 }
 
 }  // namespace minitron::server

@@ -11,15 +11,18 @@ UnaryEngineCall::UnaryEngineCall(ServerContext* server, grpc::CallbackServerCont
   server_->metrics->StreamOpened();
 }
 
-void UnaryEngineCall::Run(absl::StatusOr<BuiltRequest> built, std::shared_ptr<UnaryEngineCall> self) {
+void UnaryEngineCall::Run(const std::function<absl::StatusOr<BuiltRequest>(const CallContext&)>& build,
+                          std::shared_ptr<UnaryEngineCall> self) {
   self_ = std::move(self);
+  const absl::StatusOr<CallContext> context = scope_.Begin();
+  absl::StatusOr<BuiltRequest> built = context.ok() ? build(*context) : context.status();
   absl::Status status = built.status();
   if (status.ok()) {
     scope_.set_request_id(built->spec.request_id);
     OnAdmitting(*built);
     status = Admit(*server_, *std::move(built), self_, id_);
   } else {
-    CountRefusal(*server_, status);
+    CountRefusal(*server_, status, scope_.tenant());
   }
   if (status.ok()) return;
   std::lock_guard<std::mutex> lock(mutex_);
@@ -59,8 +62,7 @@ GenerateUnaryCall::GenerateUnaryCall(ServerContext* server, grpc::CallbackServer
 grpc::ServerUnaryReactor* GenerateUnaryCall::Start(ServerContext* server, grpc::CallbackServerContext* context,
                                                    const v1::GenerateRequest& request, v1::GenerateResponse* response) {
   auto call = std::make_shared<GenerateUnaryCall>(server, context, response);
-  const RpcScope scope(server, context, "Generate");
-  call->Run(BuildGenerate(request.task(), server->model, scope.ReadCallContext()), call);
+  call->Run([&](const CallContext& caller) { return BuildGenerate(request.task(), server->model, caller); }, call);
   return call.get();
 }
 
@@ -89,6 +91,7 @@ void GenerateUnaryCall::OnDelta(DeltaEvent event) {
 void GenerateUnaryCall::OnFinished(FinishedEvent event) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (finished_) return;
+  scope().AddUsage(event.num_prompt_tokens, event.num_output_tokens);
   *response_->mutable_sequences(event.index)->mutable_finished() = ToProto(event);
 }
 
@@ -98,8 +101,7 @@ ScoreCall::ScoreCall(ServerContext* server, grpc::CallbackServerContext* context
 grpc::ServerUnaryReactor* ScoreCall::Start(ServerContext* server, grpc::CallbackServerContext* context,
                                            const v1::ScoreRequest& request, v1::ScoreResponse* response) {
   auto call = std::make_shared<ScoreCall>(server, context, response);
-  const RpcScope scope(server, context, "Score");
-  call->Run(BuildScore(request, server->model, scope.ReadCallContext()), call);
+  call->Run([&](const CallContext& caller) { return BuildScore(request, server->model, caller); }, call);
   return call.get();
 }
 
@@ -127,6 +129,7 @@ void ScoreCall::OnStarted(StartedEvent event) {
 void ScoreCall::OnFinished(FinishedEvent event) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (finished_) return;
+  scope().AddUsage(event.num_prompt_tokens, event.num_output_tokens);
   *response_->mutable_usage() = ToProto(event).usage();
 }
 

@@ -4,6 +4,7 @@
 #include <minitron/v1/generation.grpc.pb.h>
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 
@@ -19,8 +20,10 @@ class UnaryEngineCall : public grpc::ServerUnaryReactor, public CallSink {
  public:
   UnaryEngineCall(ServerContext* server, grpc::CallbackServerContext* context, const char* method);
 
-  // Admits `built`, or ends the call. `self` keeps this object alive until OnDone.
-  void Run(absl::StatusOr<BuiltRequest> built, std::shared_ptr<UnaryEngineCall> self);
+  // Builds the request for a caller that may call, and admits it; or ends the call. `self` keeps this object alive
+  // until OnDone.
+  void Run(const std::function<absl::StatusOr<BuiltRequest>(const CallContext&)>& build,
+           std::shared_ptr<UnaryEngineCall> self);
 
   void OnComplete() override;
   void OnFailed(const grpc::Status& status) override;
@@ -34,6 +37,7 @@ class UnaryEngineCall : public grpc::ServerUnaryReactor, public CallSink {
   // The answer is complete.
   virtual void Complete() {}
   ServerContext* server() const { return server_; }
+  RpcScope& scope() { return scope_; }  // under mutex_
   const Tokenizer& tokenizer() const { return *server_->model.tokenizer; }
 
   std::mutex mutex_;       // guards the response and finished_

@@ -153,7 +153,7 @@ void ScriptedEngine::Finish(Live& live, int index, FinishReason reason, TokenId 
   output.finished.push_back(event);
 }
 
-ServerHarness::ServerHarness() {
+ServerHarness::ServerHarness(const HarnessOptions& options) {
   auto loaded = Tokenizer::Load(std::string(MINITRON_SOURCE_DIR) + "/deploy/models/minitron-tiny", 2048);
   CHECK(loaded.ok());
   tokenizer = *std::move(loaded);
@@ -166,20 +166,32 @@ ServerHarness::ServerHarness() {
   context.model.tokenizer = tokenizer.get();
   context.limits = {16, 100, 8, 128, 256};
   metrics = std::make_unique<Metrics>(MetricsOptions{"tiny", context.model.info, 100, 16});
-  OutputProcessorOptions options;
-  options.write_stall_timeout = std::chrono::seconds(5);
-  output = std::make_unique<OutputProcessor>(options, tokenizer.get(), metrics.get(), context.now);
+  operator_metrics = std::make_unique<OperatorMetrics>(metrics->registry(), metrics->labels());
+  if (options.auth != nullptr) auth = std::make_unique<AuthStore>(options.auth);
+  tenants = std::make_unique<TenantGate>([this](const std::string& tenant) { return auth->table()->LimitsOf(tenant); },
+                                         context.now,
+                                         [this](const std::string& tenant, int64_t tokens) {
+                                           operator_metrics->CountTenantRequest(tenant, static_cast<double>(tokens));
+                                         });
+  OutputProcessorOptions output_options;
+  output_options.write_stall_timeout = std::chrono::seconds(5);
+  output = std::make_unique<OutputProcessor>(output_options, tokenizer.get(), metrics.get(), context.now);
   engine = std::make_unique<ScriptedEngine>(context.now);
   engine->script = Encode("the quick brown fox jumps over the lazy dog");
   output->SetAbort([this](scheduler::RequestId id, int index) { engine->Abort(id, index); });
   output->SetOnEngineFailure([this] { ++num_engine_failures; });
   context.metrics = metrics.get();
+  context.operator_metrics = operator_metrics.get();
+  context.auth = auth.get();
+  context.tenants = tenants.get();
+  context.audit = options.audit;
   context.output = output.get();
   context.submit = [this](scheduler::Request request) { return engine->Submit(std::move(request)); };
   context.abort = [this](scheduler::RequestId id) { engine->Abort(id, -1); };
   context.queue_depth = [] { return 0; };
   context.begin_drain = [this] { ++num_drain_requests; };
-  GrpcServerOptions grpc_options;
+  GrpcServerOptions grpc_options = options.grpc;
+  grpc_options.tls = options.tls;
   grpc_options.host = "127.0.0.1";
   grpc_options.port = 0;
   auto started = GrpcServer::Start(grpc_options, &context);

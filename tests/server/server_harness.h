@@ -63,9 +63,17 @@ class ScriptedEngine {
   bool stopped_ = false;
 };
 
+// Who may call; by default everybody may, in plaintext.
+struct HarnessOptions {
+  std::shared_ptr<const AuthTable> auth;
+  TlsStore* tls = nullptr;
+  AuditLog* audit = nullptr;
+  GrpcServerOptions grpc;
+};
+
 class ServerHarness {
  public:
-  ServerHarness();
+  explicit ServerHarness(const HarnessOptions& options = {});
   ~ServerHarness();
 
   // Runs steps on a thread of its own from now on.
@@ -80,6 +88,9 @@ class ServerHarness {
   std::atomic<int64_t> clock_ms{1000};  // the server's clock
   ServerContext context;
   std::unique_ptr<Metrics> metrics;
+  std::unique_ptr<OperatorMetrics> operator_metrics;
+  std::unique_ptr<AuthStore> auth;
+  std::unique_ptr<TenantGate> tenants;
   std::unique_ptr<OutputProcessor> output;
   std::unique_ptr<ScriptedEngine> engine;
   std::unique_ptr<GrpcServer> server;

@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdio>
+#include <fstream>
+
 namespace minitron::server {
 namespace {
 
@@ -36,6 +39,65 @@ TEST(ServerOptionsTest, ErrorsNameFlagValueAndLimitInOneLine) {
   EXPECT_EQ(ErrorOf({"--port"}), "--port needs a value");
   EXPECT_EQ(ErrorOf({"model"}), "\"model\" is not a flag; see --help");
   EXPECT_EQ(ErrorOf({"--model="}), "--model=: is empty");
+}
+
+class LayersTest : public ::testing::Test {
+ protected:
+  void SetUp() override { Write(R"({"port": 1001, "threads": 3, "reflection": false, "host": "::1"})"); }
+  void TearDown() override { std::remove(path_.c_str()); }
+  void Write(const std::string& json) { std::ofstream(path_, std::ios::trunc) << json; }
+  std::string ErrorIn(const std::string& json) {
+    Write(json);
+    return ErrorOf({"--config=" + path_});
+  }
+  const std::string path_ = ::testing::TempDir() + "/options.json";
+};
+
+TEST_F(LayersTest, FlagsCountBeforeTheEnvironmentAndThatBeforeTheFile) {
+  const auto options = ParseServerOptions(
+      {"--port=1003"}, {"MINITRON_SERVER_PORT=1002", "MINITRON_SERVER_THREADS=2", "PATH=/bin",
+                        "MINITRON_SERVER_CONFIG=" + path_, "MINITRON_SERVER=host:1", "MINITRON_SERVER_CHANNELZ=true"});
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_EQ(options->port, 1003);
+  EXPECT_EQ(options->threads, 2);
+  EXPECT_EQ(options->host, "::1");
+  EXPECT_FALSE(options->reflection);
+  EXPECT_TRUE(options->channelz);
+  EXPECT_EQ(options->sources.at("port"), "flag");
+  EXPECT_EQ(options->sources.at("threads"), "environment");
+  EXPECT_EQ(options->sources.at("host"), "file");
+  EXPECT_EQ(options->sources.count("block-size"), 0u);
+}
+
+TEST_F(LayersTest, UnknownNamesAreRefusedEverywhere) {
+  EXPECT_EQ(ErrorIn(R"({"prot": 1})"), path_ + ": prot: unknown key; see --help");
+  EXPECT_EQ(ErrorIn(R"({"config": "other.json"})"), path_ + ": config: unknown key; see --help");
+  EXPECT_EQ(ParseServerOptions({}, {"MINITRON_SERVER_PROT=1"}).status().message(),
+            "unknown variable MINITRON_SERVER_PROT; see --help");
+}
+
+TEST_F(LayersTest, ErrorsSayWhereTheValueIs) {
+  EXPECT_EQ(ErrorIn(R"({"port": 70000})"), path_ + ": port=70000: outside [0, 65535]");
+  EXPECT_EQ(ErrorIn(R"({"port": true})"), path_ + ": port=true: not an integer in [0, 65535]");
+  EXPECT_EQ(ErrorIn("[]"), path_ + ": not a JSON object");
+  EXPECT_EQ(ErrorOf({"--config=/nonexistent.json"}), "/nonexistent.json: cannot be read");
+  EXPECT_EQ(ParseServerOptions({}, {"MINITRON_SERVER_PORT=x"}).status().message(),
+            "MINITRON_SERVER_PORT=x: not an integer in [0, 65535]");
+}
+
+TEST_F(LayersTest, WhatWasGivenIsDescribedWithItsSource) {
+  const auto options = ParseServerOptions({"--port=5"}, {"MINITRON_SERVER_BACKEND=cpu"});
+  ASSERT_TRUE(options.ok());
+  const base::LogFields expected = {{"port", "5 (flag)"}, {"backend", "cpu (environment)"}};
+  EXPECT_EQ(DescribeOptions(*options), expected);
+}
+
+TEST(ServerOptionsTest, OptionsThatNeedEachOtherAreCheckedTogether) {
+  EXPECT_EQ(ErrorOf({"--tls-cert=a"}), "--tls-cert and --tls-key: one without the other");
+  EXPECT_EQ(ErrorOf({"--tls-client-ca=a"}), "--tls-client-ca needs --tls-cert and --tls-key");
+  EXPECT_EQ(ErrorOf({"--log-format=xml"}), "--log-format=xml: not one of text, json");
+  EXPECT_EQ(ErrorOf({"--metrics-compat=tgi"}), "--metrics-compat=tgi: not one of none, vllm");
+  EXPECT_EQ(ErrorOf({"--health-port=50051"}), "--health-port=50051: the same as another port");
 }
 
 TEST(ServerOptionsTest, HelpNamesEveryDefault) {

@@ -5,7 +5,10 @@
 // __shared__ arrays, threadIdx and the other built-in variables, warp functions of CUDA headers, lanes that leave a
 // collective or a barrier early.
 //
-//   KERNEL(n) Name(...)        a kernel for at most n threads per block
+//   KERNEL(n[, b]) Name(...)   a kernel for at most n threads per block, at least b blocks per processor
+//   HOST_DEVICE                before a constexpr function both sides call
+//   UNROLL                     before a loop over registers: indices must be constants
+//   UNROLL_BY(n)               the same, n steps at a time: fewer values are alive at once
 //   SharedMemory()             the block's dynamic shared memory, 128-byte aligned
 //   CpAsync16(s, g, valid)     16 bytes global -> shared, zeros if not valid; visible to this thread after CpAsyncWait
 //                              of its group, to others after a barrier behind that
@@ -23,7 +26,11 @@
 #include <cstdint>
 
 #define DEVICE __device__ __forceinline__
-#define KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
+#define HOST_DEVICE __host__ __device__
+#define UNROLL _Pragma("unroll")
+#define UNROLL_PRAGMA(text) _Pragma(#text)
+#define UNROLL_BY(n) UNROLL_PRAGMA(unroll n)
 
 namespace minitron::engine::cuda {
 
@@ -118,6 +125,12 @@ DEVICE float FusedMultiplyAdd(float a, float b, float c) { return __fmaf_rn(a, b
 DEVICE float Exp2(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+// Within one unit in the last place; not for sums that must round correctly.
+DEVICE float Reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 DEVICE float Exp(float x) { return expf(x); }

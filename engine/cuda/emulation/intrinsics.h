@@ -11,7 +11,10 @@
 #include "engine/cuda/emulation/runtime_api.h"
 
 #define DEVICE inline
-#define KERNEL(max_threads) void
+#define KERNEL(...) void
+#define HOST_DEVICE
+#define UNROLL
+#define UNROLL_BY(n)
 
 namespace minitron::engine::cuda {
 
@@ -132,6 +135,7 @@ T AtomicMax(T* address, T value) {
 
 inline float FusedMultiplyAdd(float a, float b, float c) { return std::fma(a, b, c); }
 inline float Exp2(float x) { return std::exp2(x); }
+inline float Reciprocal(float x) { return 1.0f / x; }
 inline float Exp(float x) { return std::exp(x); }
 inline float Log(double x) { return static_cast<float>(std::log(x)); }
 inline float ReciprocalSqrt(float x) { return 1.0f / std::sqrt(x); }

@@ -1,0 +1,238 @@
+// Attention of single rows over the paged cache. A block takes one chunk of one row's keys and one key/value head: its
+// four warps each score 16 of a tile's 64 keys against the group's heads, then each sums a quarter of the dims over all
+// keys of the tile.
+#include "engine/cuda/attention.cuh"
+
+namespace minitron::engine::cuda {
+namespace {
+
+constexpr int kDecodeWarps = 4;
+constexpr int kDecodeThreads = 32 * kDecodeWarps;
+constexpr int kColumns = 8;                   // heads of the group, padded
+constexpr int kWeightStride = kTileKeys + 8;  // padded: rows start in different banks
+
+template <int kHeadDim>
+struct DecodeShared {
+  static constexpr int kQueries = 2 * TileLayout<kHeadDim>::kStageBytes;  // behind two stages of keys and values
+  static constexpr int kWeights = kQueries + kColumns * kHeadDim * 2;
+  static constexpr int kMaxima = kWeights + kColumns * kWeightStride * 2;
+  static constexpr int kBytes = kMaxima + kDecodeWarps * kColumns * 4;
+};
+
+// The running result of a warp: its dims, all columns.
+template <int kHeadDim>
+struct DecodeState {
+  static constexpr int kDimTiles = kHeadDim / 16 / kDecodeWarps;
+  float maximum[2];  // of columns 2 * (lane % 4) + {0, 1}
+  float total[4];    // the denominator, as one more row of sums
+  float sums[kDimTiles][4];
+};
+
+// Copies the group's queries to shared memory, zeros for the padded heads.
+template <int kHeadDim>
+DEVICE void LoadQueries(const AttentionParams& p, int token_row, int kv_head, Bf16* queries) {
+  using Layout = TileLayout<kHeadDim>;
+  const int64_t width = int64_t{p.cache.num_kv_heads} * p.group_size * kHeadDim;
+  const Bf16* source = p.q + token_row * width + int64_t{kv_head} * p.group_size * kHeadDim;
+  for (int i = static_cast<int>(ThreadIndex().x); i < kColumns * Layout::kVectorsPerRow; i += kDecodeThreads) {
+    const int head = i / Layout::kVectorsPerRow, column = i % Layout::kVectorsPerRow * 8;
+    Vector16 vector = {{0, 0, 0, 0}};
+    if (head < p.group_size) vector = Load16(source + head * kHeadDim + column);
+    Store16(queries + SharedIndex<kHeadDim>(head, column), vector);
+  }
+}
+
+// Scores this warp's 16 keys of the tile; c as of MmaBf16: keys lane/4 and + 8, columns 2 * (lane % 4) + {0, 1}.
+template <int kHeadDim>
+DEVICE void ScoreKeys(const Bf16* keys, const Bf16* queries, float scale, int first_key, int num_keys, float (&c)[4]) {
+  const int lane = Lane(), warp = WarpIndex();
+  c[0] = c[1] = c[2] = c[3] = 0.0f;
+  UNROLL
+  for (int k = 0; k < kHeadDim / 16; ++k) {
+    uint32_t a[4];
+    LoadKeys<kHeadDim>(a, keys, warp, k);
+    const int column = 16 * k + lane % 4 * 2;
+    MmaBf16(c, a, LoadPair(queries + SharedIndex<kHeadDim>(lane / 4, column)),
+            LoadPair(queries + SharedIndex<kHeadDim>(lane / 4, column + 8)));
+  }
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int key = first_key + 16 * warp + lane / 4 + 8 * (i / 2);
+    c[i] = key < num_keys ? c[i] * scale : NoMaximum();
+  }
+}
+
+// One tile: scores, softmax, sums. Between its barriers the warps exchange maxima and weights.
+template <int kHeadDim>
+DEVICE void DecodeTile(const AttentionParams& p, const Bf16* stage, unsigned char* shared, int first_key, int num_keys,
+                       DecodeState<kHeadDim>& state) {
+  using Shared = DecodeShared<kHeadDim>;
+  const Bf16* queries = reinterpret_cast<const Bf16*>(shared + Shared::kQueries);
+  Bf16* weights = reinterpret_cast<Bf16*>(shared + Shared::kWeights);  // [column][key]
+  float* maxima = reinterpret_cast<float*>(shared + Shared::kMaxima);  // [warp][column]
+  const int lane = Lane(), warp = WarpIndex();
+  float c[4];
+  ScoreKeys<kHeadDim>(stage, queries, p.scale, first_key, num_keys, c);
+  UNROLL
+  for (int j = 0; j < 2; ++j) {
+    float maximum = c[j] > c[2 + j] ? c[j] : c[2 + j];
+    UNROLL
+    for (int mask = 4; mask < 32; mask *= 2) {
+      const float other = ShuffleXor(maximum, mask);
+      maximum = other > maximum ? other : maximum;
+    }
+    if (lane < 4) maxima[warp * kColumns + 2 * lane + j] = maximum;
+  }
+  SyncThreads();
+  float correction[2];
+  UNROLL
+  for (int j = 0; j < 2; ++j) {
+    const int column = lane % 4 * 2 + j;
+    float maximum = state.maximum[j];
+    UNROLL
+    for (int w = 0; w < kDecodeWarps; ++w) {
+      const float other = maxima[w * kColumns + column];
+      maximum = other > maximum ? other : maximum;
+    }
+    correction[j] = Exp2(state.maximum[j] - Base(maximum));
+    state.maximum[j] = maximum;
+    UNROLL
+    for (int i = 0; i < 2; ++i) {
+      weights[column * kWeightStride + 16 * warp + lane / 4 + 8 * i] = ToBf16(Exp2(c[2 * i + j] - Base(maximum)));
+    }
+  }
+  SyncThreads();
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
+    state.total[i] *= correction[i % 2];
+    UNROLL
+    for (int d = 0; d < DecodeState<kHeadDim>::kDimTiles; ++d) state.sums[d][i] *= correction[i % 2];
+  }
+  const Bf16* values = stage + TileLayout<kHeadDim>::kElements;
+  UNROLL
+  for (int k = 0; k < kTileKeys / 16; ++k) {
+    const Bf16* weight = weights + lane / 4 * kWeightStride + 16 * k + lane % 4 * 2;
+    const uint32_t b0 = LoadPair(weight), b1 = LoadPair(weight + 8);
+    uint32_t a[4];
+    LoadOnes(a);
+    MmaBf16(state.total, a, b0, b1);
+    UNROLL
+    for (int d = 0; d < DecodeState<kHeadDim>::kDimTiles; ++d) {
+      LoadValues<kHeadDim>(a, values, warp * DecodeState<kHeadDim>::kDimTiles + d, k);
+      MmaBf16(state.sums[d], a, b0, b1);
+    }
+  }
+}
+
+// The result of a row with one chunk, or a chunk's partial result.
+template <int kHeadDim>
+DEVICE void StoreResult(const AttentionParams& p, const DecodeItem& item, int item_index, int kv_head, float* partials,
+                        const DecodeState<kHeadDim>& state) {
+  const int lane = Lane(), warp = WarpIndex();
+  const bool whole = item.num_keys <= kChunkKeys;
+  const int num_heads = p.cache.num_kv_heads * p.group_size;
+  float* partial = partials + item_index * PartialFloats(p.cache.num_kv_heads, kHeadDim) +
+                   int64_t{kv_head} * kMaxGroupSize * (kHeadDim + 2);
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int head = lane % 4 * 2 + i % 2;
+    if (head >= p.group_size) continue;
+    float* head_partial = partial + head * (kHeadDim + 2);
+    Bf16* out = p.out + (int64_t{item.token_row} * num_heads + kv_head * p.group_size + head) * kHeadDim;
+    const float inverse = Reciprocal(state.total[i]);
+    UNROLL
+    for (int d = 0; d < DecodeState<kHeadDim>::kDimTiles; ++d) {
+      const int dim = (warp * DecodeState<kHeadDim>::kDimTiles + d) * 16 + lane / 4 + 8 * (i / 2);
+      if (whole) {
+        out[dim] = ToBf16(state.sums[d][i] * inverse);
+      } else {
+        head_partial[dim] = state.sums[d][i];
+      }
+    }
+    if (!whole && warp == 0 && lane < 4 && i < 2) {
+      head_partial[kHeadDim] = state.maximum[i];
+      head_partial[kHeadDim + 1] = state.total[i];
+    }
+  }
+}
+
+template <int kHeadDim>
+KERNEL(kDecodeThreads, 6)
+DecodeKernel(AttentionParams p, const DecodeItem* items, const DecodeCounts* counts, float* partials) {
+  using Shared = DecodeShared<kHeadDim>;
+  unsigned char* shared = SharedMemory();
+  const int kv_head = static_cast<int>(BlockIndex().y);
+  const int num_items = counts->num_items;
+  for (int index = static_cast<int>(BlockIndex().x); index < num_items; index += static_cast<int>(GridDim().x)) {
+    const DecodeItem item = items[index];
+    const int32_t* block_ids = p.block_ids + p.block_start[item.sequence];
+    const int first_key = item.chunk * kChunkKeys;
+    const int end_key = item.num_keys < first_key + kChunkKeys ? item.num_keys : first_key + kChunkKeys;
+    const int num_tiles = (end_key - first_key + kTileKeys - 1) / kTileKeys;
+    DecodeState<kHeadDim> state = {{NoMaximum(), NoMaximum()}, {}, {}};
+    LoadTile<kHeadDim, kDecodeThreads>(p, block_ids, kv_head, first_key, item.num_keys, Stage<kHeadDim>(shared, 0));
+    LoadQueries<kHeadDim>(p, item.token_row, kv_head, reinterpret_cast<Bf16*>(shared + Shared::kQueries));
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      CpAsyncWait<0>();
+      SyncThreads();  // the tile is there, and nobody reads the other stage any more
+      const int tile_key = first_key + tile * kTileKeys;
+      if (tile + 1 < num_tiles) {
+        LoadTile<kHeadDim, kDecodeThreads>(p, block_ids, kv_head, tile_key + kTileKeys, item.num_keys,
+                                           Stage<kHeadDim>(shared, tile + 1));
+      }
+      DecodeTile<kHeadDim>(p, Stage<kHeadDim>(shared, tile), shared, tile_key, item.num_keys, state);
+    }
+    StoreResult<kHeadDim>(p, item, index, kv_head, partials, state);
+    SyncThreads();  // before the next item overwrites the queries
+  }
+}
+
+// Folds the chunks of one row and head, left to right. One thread per dim.
+template <int kHeadDim>
+KERNEL(kHeadDim)
+MergeKernel(AttentionParams p, const MergeRow* rows, const DecodeCounts* counts, const float* partials) {
+  const int dim = static_cast<int>(ThreadIndex().x);
+  const int num_heads = p.cache.num_kv_heads * p.group_size;
+  const int query_head = static_cast<int>(BlockIndex().y);
+  const int64_t stride = PartialFloats(p.cache.num_kv_heads, kHeadDim);
+  const int slot = query_head / p.group_size * kMaxGroupSize + query_head % p.group_size;
+  for (int r = static_cast<int>(BlockIndex().x); r < counts->num_merge_rows; r += static_cast<int>(GridDim().x)) {
+    const MergeRow row = rows[r];
+    const float* partial = partials + row.first_item * stride + int64_t{slot} * (kHeadDim + 2);
+    float maximum = partial[kHeadDim], total = partial[kHeadDim + 1], sum = partial[dim];
+    for (int chunk = 1; chunk < row.num_chunks; ++chunk) {
+      partial += stride;
+      const FoldWeights fold = MakeFold(maximum, partial[kHeadDim]);
+      total = Fold(fold, total, partial[kHeadDim + 1]);
+      sum = Fold(fold, sum, partial[dim]);
+      maximum = fold.maximum;
+    }
+    p.out[(int64_t{row.token_row} * num_heads + query_head) * kHeadDim + dim] = ToBf16(sum * Reciprocal(total));
+  }
+}
+
+template <int kHeadDim>
+cudaError_t LaunchDecode(const AttentionParams& p, const DecodeItem* items, const MergeRow* merge_rows,
+                         const DecodeCounts* counts, float* partials, int max_blocks, int max_merge_rows,
+                         cudaStream_t stream) {
+  const auto kv_heads = static_cast<unsigned>(p.cache.num_kv_heads);
+  const cudaError_t error =
+      Launch(&DecodeKernel<kHeadDim>, {static_cast<unsigned>(max_blocks), kv_heads}, {kDecodeThreads},
+             DecodeShared<kHeadDim>::kBytes, stream, p, items, counts, partials);
+  if (error != cudaSuccess || max_merge_rows == 0) return error;
+  return Launch(&MergeKernel<kHeadDim>, {static_cast<unsigned>(max_merge_rows), kv_heads * p.group_size}, {kHeadDim}, 0,
+                stream, p, merge_rows, counts, partials);
+}
+
+}  // namespace
+
+cudaError_t DecodeAttention(const AttentionParams& params, const DecodeItem* items, const MergeRow* merge_rows,
+                            const DecodeCounts* counts, float* partials, int max_blocks, int max_merge_rows,
+                            cudaStream_t stream) {
+  if (params.group_size < 1 || params.group_size > kMaxGroupSize) return cudaErrorInvalidValue;
+  const auto launch = params.head_dim == 128 ? &LaunchDecode<128> : params.head_dim == 64 ? &LaunchDecode<64> : nullptr;
+  if (launch == nullptr) return cudaErrorInvalidValue;
+  return launch(params, items, merge_rows, counts, partials, max_blocks, max_merge_rows, stream);
+}
+
+}  // namespace minitron::engine::cuda

@@ -1,0 +1,116 @@
+// Launchers of the CUDA kernels, one op per .cu file. Raw device pointers, no ownership, no absl: what nvcc compiles.
+// Each enqueues on `stream` and returns the launch's error. Rows are independent: a row's bits depend on that row
+// alone.
+//
+// Dimensions: T token rows, S sequences, H query heads, G key/value heads, D head_dim (64 or 128), V vocabulary.
+#pragma once
+
+#include <cstdint>
+
+#include "engine/cuda/device.h"
+
+namespace minitron::engine::cuda {
+
+// out[r, :] = table[rows[r], :] for num_rows rows of `cols` elements, a multiple of 8. A negative row -1-i means
+// previous[i] (a token the step before sampled); `previous` may be null when there is none.
+cudaError_t CopyRows(const Bf16* table, const int32_t* rows, const int32_t* previous, int num_rows, int cols, Bf16* out,
+                     cudaStream_t stream);
+
+// residual += delta (none when null), rounded to bf16; out = (residual - mean) / sqrt(var + eps) * (1 + weight) + bias.
+// weight, bias [cols] fp32. Statistics in fp32 over the rounded residual, two passes. out may alias delta.
+// Requires: cols a multiple of 8, at most 24576 (the row is kept in shared memory).
+inline constexpr int kMaxNormCols = 24576;
+cudaError_t AddLayerNorm1p(Bf16* residual, const Bf16* delta, const float* weight, const float* bias, float eps,
+                           int num_rows, int cols, Bf16* out, cudaStream_t stream);
+
+// x = max(x, 0)^2 over `count` elements, a multiple of 8; NaN stays NaN.
+cudaError_t SquaredRelu(Bf16* x, int64_t count, cudaStream_t stream);
+
+// The paged KV cache of one layer: keys and values [block][G][token in block][D].
+struct KvCacheView {
+  Bf16* keys;
+  Bf16* values;
+  int num_kv_heads;
+  int block_shift;  // log2 of the tokens per block
+};
+
+// Rotates the first rotary_dim dims of each head of q (in place) and k by the row's position, then stores k and v in
+// the cache at slot_mapping[t].   q [T, H * D], k and v [T, G * D], cosines and sines [positions, rotary_dim / 2] fp32
+struct RopeParams {
+  Bf16* q;
+  const Bf16* k;
+  const Bf16* v;
+  const int32_t* positions;
+  const int64_t* slot_mapping;
+  const float* cosines;
+  const float* sines;
+  KvCacheView cache;
+  int num_query_heads, head_dim, rotary_dim;
+};
+cudaError_t RopeAndStoreKv(const RopeParams& params, int num_rows, cudaStream_t stream);
+
+// --- Attention. The arithmetic of a row is the same in both kernels; see attention.cuh. ---
+
+// Keys of one split of a long context. A row's splits are at multiples of it, whatever the batch.
+inline constexpr int kChunkKeys = 256;
+inline constexpr int kMaxGroupSize = 8;
+
+struct AttentionParams {
+  const Bf16* q;  // [T, H * D]
+  Bf16* out;      // [T, H * D]
+  KvCacheView cache;
+  const int32_t* block_ids;    // all sequences' blocks
+  const int32_t* block_start;  // [S + 1]
+  int group_size;              // H / G, at most kMaxGroupSize
+  int head_dim;
+  float scale;  // log2(e) / sqrt(D)
+};
+
+// One chunk of keys of one single-row sequence.
+struct DecodeItem {
+  int32_t token_row;
+  int32_t sequence;
+  int32_t num_keys;  // of the row: its position + 1
+  int32_t chunk;     // keys [chunk * kChunkKeys, ...) of them
+};
+// A row with more than one chunk: its items are adjacent.
+struct MergeRow {
+  int32_t token_row;
+  int32_t first_item;
+  int32_t num_chunks;
+  int32_t unused;
+};
+struct DecodeCounts {
+  int32_t num_items;
+  int32_t num_merge_rows;
+};
+// Floats of partial results per item: for each key/value head and head of its group D sums, then maximum and total.
+HOST_DEVICE constexpr int64_t PartialFloats(int num_kv_heads, int head_dim) {
+  return int64_t{num_kv_heads} * kMaxGroupSize * (head_dim + 2);
+}
+// Decode rows. The counts are read on the device, so that a captured graph can be replayed with others: at most
+// max_blocks items and max_merge_rows rows at a time are worked on, the rest follows in a loop.
+cudaError_t DecodeAttention(const AttentionParams& params, const DecodeItem* items, const MergeRow* merge_rows,
+                            const DecodeCounts* counts, float* partials, int max_blocks, int max_merge_rows,
+                            cudaStream_t stream);
+
+// Rows [first_row, first_row + num_rows) of one sequence, at positions first_position ...
+struct PrefillTile {
+  int32_t first_row;
+  int32_t num_rows;  // at most PrefillRows(group_size)
+  int32_t sequence;
+  int32_t first_position;
+};
+inline constexpr int kPrefillColumns = 128;  // rows times heads of one group
+HOST_DEVICE constexpr int PrefillRows(int group_size) { return kPrefillColumns / group_size; }
+cudaError_t PrefillAttention(const AttentionParams& params, const PrefillTile* tiles, int num_tiles,
+                             cudaStream_t stream);
+
+// out = x * w^T, sums in fp32 in one order per output.   x [rows, depth], w [outs, depth], out [rows, outs]
+// The reference: correct for any shape and never fast.
+cudaError_t ReferenceMatMul(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Bf16* out,
+                            cudaStream_t stream);
+cudaError_t ReferenceMatMul(const Bf16* x, const Bf16* w, int rows, int outs, int depth, float* out,
+                            cudaStream_t stream);
+
+}  // namespace minitron::engine::cuda

@@ -1,0 +1,95 @@
+// Helpers of the kernel tests: arrays on the device, and repetition over the emulation's fiber orders.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "engine/base/check.h"
+#include "engine/cuda/device.h"
+
+namespace minitron::engine::cuda {
+
+// The stream of the tests of one binary.
+inline cudaStream_t TestStream() {
+  static cudaStream_t stream = [] {
+    cudaStream_t created = nullptr;
+    CHECK(cudaStreamCreateWithFlags(&created, cudaStreamNonBlocking) == cudaSuccess);
+    return created;
+  }();
+  return stream;
+}
+
+// An array in device memory. Fresh memory holds NaN in the emulation.
+template <typename T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(int64_t size) : size_(size) {
+    void* memory = nullptr;
+    CHECK(cudaMalloc(&memory, num_bytes()) == cudaSuccess);
+    data_ = static_cast<T*>(memory);
+  }
+  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(static_cast<int64_t>(values.size())) { Set(values); }
+  DeviceArray(const DeviceArray&) = delete;
+  DeviceArray& operator=(const DeviceArray&) = delete;
+  ~DeviceArray() { cudaFree(data_); }
+
+  T* data() const { return data_; }
+  int64_t size() const { return size_; }
+  void Set(const std::vector<T>& values) {
+    CHECK(static_cast<int64_t>(values.size()) == size_);
+    CHECK(cudaMemcpyAsync(data_, values.data(), num_bytes(), cudaMemcpyHostToDevice, TestStream()) == cudaSuccess);
+    CHECK(cudaStreamSynchronize(TestStream()) == cudaSuccess);
+  }
+  // Waits for the stream.
+  std::vector<T> Get() const {
+    std::vector<T> values(size_);
+    CHECK(cudaMemcpyAsync(values.data(), data_, num_bytes(), cudaMemcpyDeviceToHost, TestStream()) == cudaSuccess);
+    CHECK(cudaStreamSynchronize(TestStream()) == cudaSuccess);
+    return values;
+  }
+
+ private:
+  size_t num_bytes() const { return static_cast<size_t>(size_) * sizeof(T); }
+  T* data_ = nullptr;
+  int64_t size_;
+};
+
+// Calls `test` in forward, reverse and random order of threads and blocks.
+template <typename Test>
+void ForEachOrder(const Test& test) {
+#if defined(MINITRON_CUDA_EMULATION)
+  for (const auto order : {emulation::Order::kForward, emulation::Order::kReverse, emulation::Order::kRandom}) {
+    emulation::SetOrder(order, 17);
+    test();
+  }
+  emulation::SetOrder(emulation::Order::kForward);
+#else
+  test();
+#endif
+}
+
+// bf16 on the host, rounded to nearest even.
+inline Bf16 HostBf16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  if (std::isnan(value)) return {0x7FFF};
+  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+inline float HostFloat(Bf16 value) {
+  const uint32_t bits = uint32_t{value.bits} << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+// Normally distributed bf16 values.
+inline std::vector<Bf16> RandomBf16(std::mt19937_64& random, int64_t count, float scale = 1.0f) {
+  std::normal_distribution<float> normal(0.0f, scale);
+  std::vector<Bf16> values(count);
+  for (Bf16& x : values) x = HostBf16(normal(random));
+  return values;
+}
+
+}  // namespace minitron::engine::cuda

@@ -1,0 +1,234 @@
+// The kernels that work row by row, and the reference matrix product, against double-precision references.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "engine/cuda/kernels.h"
+#include "gtest/gtest.h"
+#include "tests/engine/cuda/device_array.h"
+
+namespace minitron::engine::cuda {
+namespace {
+
+// Half a unit in the last place of a bf16: 7 stored bits of mantissa.
+constexpr double kBf16Rounding = 0x1.0p-8;
+
+TEST(RowKernelsTest, CopyRowsCopiesByIdAndByPreviousResult) {
+  ForEachOrder([] {
+    for (const int cols : {8, 40, 2048, 2056, 4096}) {
+      std::mt19937_64 random(cols);
+      const std::vector<Bf16> values = RandomBf16(random, 10 * cols);
+      const DeviceArray<Bf16> table(values);
+      const std::vector<int32_t> ids = {9, 0, -1, 3, -3};  // -1 - i: previous[i]
+      const DeviceArray<int32_t> rows(ids), previous(std::vector<int32_t>{5, 1, 7});
+      DeviceArray<Bf16> out(5 * cols);
+      ASSERT_EQ(CopyRows(table.data(), rows.data(), previous.data(), 5, cols, out.data(), TestStream()), cudaSuccess);
+      const std::vector<Bf16> result = out.Get();
+      const int expected[] = {9, 0, 5, 3, 7};
+      for (int r = 0; r < 5; ++r) {
+        for (int i = 0; i < cols; ++i) ASSERT_EQ(result[r * cols + i].bits, values[expected[r] * cols + i].bits);
+      }
+    }
+  });
+  EXPECT_EQ(CopyRows(nullptr, nullptr, nullptr, 1, 12, nullptr, TestStream()), cudaErrorInvalidValue);
+}
+
+// residual, delta and norm parameters of `rows` rows; what the norm must give in double.
+struct NormCase {
+  std::vector<Bf16> residual, delta;
+  std::vector<float> weight, bias;
+};
+
+void CheckNorm(const NormCase& c, bool with_delta, int rows, int cols, const std::vector<Bf16>& residual,
+               const std::vector<Bf16>& out) {
+  for (int r = 0; r < rows; ++r) {
+    std::vector<double> x(cols);
+    double mean = 0.0, variance = 0.0;
+    for (int i = 0; i < cols; ++i) {
+      float sum = HostFloat(c.residual[r * cols + i]);
+      if (with_delta) sum = HostFloat(HostBf16(sum + HostFloat(c.delta[r * cols + i])));
+      ASSERT_EQ(HostFloat(residual[r * cols + i]), sum) << "the residual is the rounded sum";
+      x[i] = sum;
+      mean += sum / cols;
+    }
+    for (const double value : x) variance += (value - mean) * (value - mean) / cols;
+    for (int i = 0; i < cols; ++i) {
+      const double expected =
+          (x[i] - mean) / std::sqrt(variance + 1e-5) * (1.0 + double{c.weight[i]}) + double{c.bias[i]};
+      // One rounding to bf16, and fp32 statistics.
+      ASSERT_NEAR(HostFloat(out[r * cols + i]), expected, std::abs(expected) * kBf16Rounding + 2e-5)
+          << cols << " columns, row " << r;
+    }
+  }
+}
+
+TEST(RowKernelsTest, AddLayerNorm1pEqualsDoubleReference) {
+  ForEachOrder([] {
+    for (const int cols : {8, 192, 2040, 2048, 2056, 4096}) {
+      for (const bool with_delta : {false, true}) {
+        std::mt19937_64 random(cols);
+        std::normal_distribution<float> normal;
+        constexpr int kRows = 2;
+        NormCase c{RandomBf16(random, kRows * cols, 3.0f), RandomBf16(random, kRows * cols), {}, {}};
+        for (int i = 0; i < cols; ++i) {
+          c.weight.push_back(0.3f * normal(random));
+          c.bias.push_back(0.3f * normal(random));
+          c.residual[cols + i] = HostBf16(HostFloat(c.residual[cols + i]) + 50.0f);  // a mean to cancel
+        }
+        DeviceArray<Bf16> residual(c.residual), delta(c.delta);
+        const DeviceArray<float> weight(c.weight), bias(c.bias);
+        ASSERT_EQ(AddLayerNorm1p(residual.data(), with_delta ? delta.data() : nullptr, weight.data(), bias.data(),
+                                 1e-5f, kRows, cols, delta.data(), TestStream()),
+                  cudaSuccess);
+        CheckNorm(c, with_delta, kRows, cols, residual.Get(),
+                  delta.Get());  // out aliases delta, as the contract allows
+      }
+    }
+  });
+}
+
+TEST(RowKernelsTest, LayerNormRowsHaveTheSameBitsInAnyBatch) {
+  constexpr int kCols = 2056, kRows = 5;
+  std::mt19937_64 random(3);
+  const std::vector<Bf16> rows = RandomBf16(random, kRows * kCols);
+  const DeviceArray<float> zeros(std::vector<float>(kCols, 0.0f));
+  DeviceArray<Bf16> together(rows), out(kRows * kCols);
+  AddLayerNorm1p(together.data(), nullptr, zeros.data(), zeros.data(), 1e-5f, kRows, kCols, out.data(), TestStream());
+  const std::vector<Bf16> expected = out.Get();
+  for (int r = 0; r < kRows; ++r) {
+    DeviceArray<Bf16> alone(std::vector<Bf16>(rows.begin() + r * kCols, rows.begin() + (r + 1) * kCols)), one(kCols);
+    AddLayerNorm1p(alone.data(), nullptr, zeros.data(), zeros.data(), 1e-5f, 1, kCols, one.data(), TestStream());
+    const std::vector<Bf16> result = one.Get();
+    for (int i = 0; i < kCols; ++i) ASSERT_EQ(result[i].bits, expected[r * kCols + i].bits);
+  }
+}
+
+TEST(RowKernelsTest, SquaredReluEqualsReferenceAndKeepsNan) {
+  ForEachOrder([] {
+    for (const int count : {8, 2040, 2048, 2056, 6000}) {
+      std::mt19937_64 random(count);
+      std::vector<Bf16> values = RandomBf16(random, count, 4.0f);
+      values[3] = HostBf16(std::nanf(""));
+      DeviceArray<Bf16> x(values);
+      ASSERT_EQ(SquaredRelu(x.data(), count, TestStream()), cudaSuccess);
+      const std::vector<Bf16> result = x.Get();
+      for (int i = 0; i < count; ++i) {
+        const float value = HostFloat(values[i]);
+        if (i == 3) {
+          EXPECT_TRUE(std::isnan(HostFloat(result[i])));
+        } else {
+          EXPECT_EQ(result[i].bits, HostBf16(value > 0.0f ? value * value : 0.0f).bits);
+        }
+      }
+    }
+  });
+}
+
+TEST(RowKernelsTest, RopeRotatesTheLeadingDimsAndStoresKeysAndValues) {
+  struct Case {
+    int heads, kv_heads, head_dim, rotary_dim, block_shift;
+  };
+  for (const Case& c : {Case{6, 1, 64, 32, 3}, Case{12, 2, 128, 64, 4}, Case{2, 2, 64, 64, 5}, Case{8, 1, 128, 4, 8}}) {
+    ForEachOrder([&c] {
+      std::mt19937_64 random(c.heads);
+      constexpr int kRows = 5, kPositions = 40, kBlocks = 6;
+      const int half = c.rotary_dim / 2, q_width = c.heads * c.head_dim, kv_width = c.kv_heads * c.head_dim;
+      const int block_tokens = 1 << c.block_shift;
+      std::vector<float> cosines, sines;
+      for (int position = 0; position < kPositions; ++position) {
+        for (int j = 0; j < half; ++j) {
+          const double angle = position * std::pow(10000.0, -2.0 * j / c.rotary_dim);
+          cosines.push_back(static_cast<float>(std::cos(angle)));
+          sines.push_back(static_cast<float>(std::sin(angle)));
+        }
+      }
+      const std::vector<Bf16> q = RandomBf16(random, kRows * q_width), k = RandomBf16(random, kRows * kv_width);
+      const std::vector<Bf16> v = RandomBf16(random, kRows * kv_width);
+      const std::vector<int32_t> positions = {0, 1, 17, 38, 39};
+      const std::vector<int64_t> slots = {5 * block_tokens, 3, block_tokens - 1, 2 * block_tokens + 1,
+                                          4 * block_tokens + 6};
+      DeviceArray<Bf16> device_q(q), keys(kBlocks * block_tokens * kv_width), values(kBlocks * block_tokens * kv_width);
+      const DeviceArray<Bf16> device_k(k), device_v(v);
+      const DeviceArray<int32_t> device_positions(positions);
+      const DeviceArray<int64_t> device_slots(slots);
+      const DeviceArray<float> device_cosines(cosines), device_sines(sines);
+      const RopeParams params{device_q.data(),
+                              device_k.data(),
+                              device_v.data(),
+                              device_positions.data(),
+                              device_slots.data(),
+                              device_cosines.data(),
+                              device_sines.data(),
+                              {keys.data(), values.data(), c.kv_heads, c.block_shift},
+                              c.heads,
+                              c.head_dim,
+                              c.rotary_dim};
+      ASSERT_EQ(RopeAndStoreKv(params, kRows, TestStream()), cudaSuccess);
+      const auto expected = [&](const std::vector<Bf16>& in, int width, int t, int head, int dim) -> double {
+        const auto at = [&](int d) { return double{HostFloat(in[t * width + head * c.head_dim + d])}; };
+        if (dim >= c.rotary_dim) return at(dim);
+        const double cosine = double{cosines[positions[t] * half + dim % half]};
+        const double sine = double{sines[positions[t] * half + dim % half]};
+        return dim < half ? at(dim) * cosine - at(dim + half) * sine : at(dim) * cosine + at(dim - half) * sine;
+      };
+      const std::vector<Bf16> new_q = device_q.Get(), new_keys = keys.Get(), new_values = values.Get();
+      for (int t = 0; t < kRows; ++t) {
+        const int64_t block = slots[t] / block_tokens, offset = slots[t] % block_tokens;
+        for (int head = 0; head < c.heads; ++head) {
+          for (int dim = 0; dim < c.head_dim; ++dim) {
+            const double want = expected(q, q_width, t, head, dim);
+            // The products cancel: half a bf16 unit of the result and fp32 roundings of the operands.
+            ASSERT_NEAR(HostFloat(new_q[t * q_width + head * c.head_dim + dim]), want,
+                        std::abs(want) * kBf16Rounding + 2e-6);
+          }
+        }
+        for (int head = 0; head < c.kv_heads; ++head) {
+          for (int dim = 0; dim < c.head_dim; ++dim) {
+            const int64_t at = ((block * c.kv_heads + head) * block_tokens + offset) * c.head_dim + dim;
+            const double want = expected(k, kv_width, t, head, dim);
+            ASSERT_NEAR(HostFloat(new_keys[at]), want, std::abs(want) * kBf16Rounding + 2e-6);
+            ASSERT_EQ(new_values[at].bits, v[t * kv_width + head * c.head_dim + dim].bits);
+          }
+        }
+      }
+      const auto written = std::count_if(new_keys.begin(), new_keys.end(), [](Bf16 x) { return x.bits != 0xFFFF; });
+      EXPECT_EQ(written, kRows * kv_width) << "no other slot is touched";
+    });
+  }
+}
+
+TEST(RowKernelsTest, ReferenceMatMulEqualsDoubleReference) {
+  for (const int depth : {1, 7, 8, 9, 64, 200}) {
+    for (const int outs : {1, 127, 128, 129}) {
+      constexpr int kRows = 3;
+      std::mt19937_64 random(depth * 1000 + outs);
+      const std::vector<Bf16> x = RandomBf16(random, kRows * depth), w = RandomBf16(random, outs * depth);
+      const DeviceArray<Bf16> device_x(x), device_w(w);
+      DeviceArray<float> out(kRows * outs);
+      DeviceArray<Bf16> narrow(kRows * outs);
+      ASSERT_EQ(ReferenceMatMul(device_x.data(), device_w.data(), kRows, outs, depth, out.data(), TestStream()),
+                cudaSuccess);
+      ASSERT_EQ(ReferenceMatMul(device_x.data(), device_w.data(), kRows, outs, depth, narrow.data(), TestStream()),
+                cudaSuccess);
+      const std::vector<float> result = out.Get();
+      const std::vector<Bf16> rounded = narrow.Get();
+      for (int r = 0; r < kRows; ++r) {
+        for (int o = 0; o < outs; ++o) {
+          double sum = 0.0, magnitude = 0.0;
+          for (int i = 0; i < depth; ++i) {
+            const double product = double{HostFloat(x[r * depth + i])} * HostFloat(w[o * depth + i]);
+            sum += product;
+            magnitude += std::abs(product);
+          }
+          ASSERT_NEAR(result[r * outs + o], sum, 1e-6 * magnitude);
+          ASSERT_EQ(rounded[r * outs + o].bits, HostBf16(result[r * outs + o]).bits);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace minitron::engine::cuda

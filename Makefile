@@ -14,12 +14,12 @@ PORT ?= 50051
 METRICS_PORT ?= 9090
 SANITIZED_ROOMS ?= engine|scheduler|simulation|server|clients
 
-.PHONY: help build demo serve test test-release test-asan test-tsan lint format clean deps-build deps-test deps-lint
+.PHONY: help build demo serve test test-release test-asan test-tsan lint format clean deps-build deps-test deps-clients deps-lint
 
 help:
 	@sed -n '1,8s/^# \{0,1\}//p' Makefile
 
-deps-build deps-test deps-lint:
+deps-build deps-test deps-clients deps-lint:
 	@deploy/install-deps.sh build $(patsubst deps-%,%,$@)
 
 # The two programs of the product, without the tests.
@@ -36,7 +36,7 @@ serve: build
 # Cheap checks first; the release tests include the integration tests, the sanitizer runs do not.
 test: lint test-asan test-tsan test-release
 
-test-release: deps-test
+test-release: deps-test deps-clients
 	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
 	@cmake --build --preset release -j $(JOBS)
 	@ctest --preset release -j $(JOBS)

@@ -2,9 +2,10 @@
 # Installs what the project needs from the distribution (Debian 12, Ubuntu 24.04). Idempotent, asks nothing, and does
 # not touch the package manager when everything is there.
 #
-# Usage: deploy/install-deps.sh [build] [test] [lint] [golden]     (default: build)
+# Usage: deploy/install-deps.sh [build] [test] [clients] [lint] [golden]     (default: build)
 #   build   compilers and libraries for the server and the clients
 #   test    GoogleTest, Google Benchmark, promtool, Python gRPC client
+#   clients the foreign clients of the integration tests, from PyPI into build/venv
 #   lint    clang-format and clang-tidy
 #   golden  PyTorch, only to make the golden files anew (tests/engine/goldens)
 set -euo pipefail
@@ -18,19 +19,22 @@ build_packages=(
   prometheus-cpp-dev libcurl4-openssl-dev zlib1g-dev libhwy-dev nlohmann-json3-dev
 )
 test_packages=(libsentencepiece-dev libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf curl)
+clients_packages=(python3 python3-venv)
 lint_packages=(clang-format clang-tidy)
 golden_packages=(python3 python3-venv python3-torch)
 
 packages=()
 want_promtool=no
+want_venv=no
 for group in "${@:-build}"; do
   case $group in
     build) packages+=("${build_packages[@]}") ;;
     test) packages+=("${test_packages[@]}") want_promtool=yes ;;
+    clients) packages+=("${clients_packages[@]}") want_venv=yes ;;
     lint) packages+=("${lint_packages[@]}") ;;
     golden) packages+=("${golden_packages[@]}") ;;
     *)
-      echo "install-deps: unknown group '$group' (build, test, lint, golden)" >&2
+      echo "install-deps: unknown group '$group' (build, test, clients, lint, golden)" >&2
       exit 2
       ;;
   esac
@@ -75,4 +79,15 @@ if [ $want_promtool = yes ] && ! command -v promtool >/dev/null && [ ! -x "$tool
   trap 'rm -rf "$unpack"' EXIT
   (cd "$unpack" && apt-get download -qq prometheus 2>/dev/null && dpkg-deb -x prometheus_*.deb .)
   install -m 755 "$unpack/usr/bin/promtool" "$tools/promtool"
+fi
+
+# Versions are pinned, and the mark keeps the file they came from: a second run does nothing.
+requirements=$top/tests/integration/python/requirements.txt
+venv=$top/build/venv
+if [ $want_venv = yes ] && ! cmp -s "$requirements" "$venv/installed.txt"; then
+  echo "install-deps: installing the foreign clients into build/venv"
+  rm -rf "$venv"
+  /usr/bin/python3 -m venv "$venv"
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"
+  cp "$requirements" "$venv/installed.txt"
 fi

@@ -59,7 +59,10 @@ bool IsHealth(const std::string& path) { return absl::StartsWith(path, "/grpc.he
 CallFence MakeFence(const ServerContext& context) {
   if (context.auth == nullptr) return nullptr;
   return [&context](const std::string& path, const std::string& authorization) {
-    if (IsHealth(path) || absl::StartsWith(path, "/minitron.v1.")) return grpc::Status::OK;
+    if (IsHealth(path) || absl::StartsWith(path, "/minitron.v1.") ||
+        absl::StartsWith(path, "/inference.GRPCInferenceService/")) {
+      return grpc::Status::OK;
+    }
     const std::shared_ptr<const AuthTable> table = context.auth->table();
     const Identity* identity = table->FindToken(BearerToken(authorization));
     if (identity == nullptr) {
@@ -119,6 +122,8 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const GrpcServerOp
   builder.RegisterService(&server->generation_);
   builder.RegisterService(&server->model_);
   builder.RegisterService(&server->admin_);
+  server->has_open_inference_ = options.open_inference;
+  if (options.open_inference) builder.RegisterService(&server->open_inference_);
   server->server_ = builder.BuildAndStart();
   if (server->server_ == nullptr) return absl::InternalError("gRPC refuses to start");
   server->SetReady(false);
@@ -129,7 +134,11 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const GrpcServerOp
 }
 
 void GrpcServer::SetReady(bool ready) {
+  context_->ready.store(ready);
   for (const char* name : kReadyServices) server_->GetHealthCheckService()->SetServingStatus(name, ready);
+  if (has_open_inference_) {
+    server_->GetHealthCheckService()->SetServingStatus("inference.GRPCInferenceService", ready);
+  }
 }
 
 void GrpcServer::SetAlive(bool alive) { server_->GetHealthCheckService()->SetServingStatus(kLiveness, alive); }

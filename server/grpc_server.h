@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "server/compat/open_inference_service.h"
 #include "server/listener.h"
 #include "server/services.h"
 #include "server/tls.h"
@@ -25,6 +26,7 @@ struct GrpcServerOptions {
   std::chrono::milliseconds handshake_timeout{10'000};
   ListenerOptions listener;
   bool reflection = true;
+  bool open_inference = true;  // inference.GRPCInferenceService
   bool channelz = false;
   TlsStore* tls = nullptr;  // null: plaintext; must outlive the server
 };
@@ -50,14 +52,18 @@ class GrpcServer {
   std::shared_ptr<grpc::Channel> InProcessChannel() { return server_->InProcessChannel(grpc::ChannelArguments()); }
 
  private:
-  explicit GrpcServer(ServerContext* context) : generation_(context), model_(context), admin_(context) {}
+  explicit GrpcServer(ServerContext* context)
+      : context_(context), generation_(context), model_(context), admin_(context), open_inference_(context) {}
 
   absl::Status OpenPort(const std::string& host, int port, std::shared_ptr<grpc::ServerCredentials> credentials,
                         grpc::ServerBuilder& builder, std::vector<Listener::Endpoint>& endpoints);
 
+  ServerContext* context_;  // outlives this object
   GenerationService generation_;
   ModelService model_;
   AdminService admin_;
+  compat::OpenInferenceService open_inference_;
+  bool has_open_inference_ = false;
   std::vector<std::shared_ptr<grpc::ServerCredentials>> credentials_;  // gRPC's listeners point into them
   std::unique_ptr<grpc::Server> server_;
   std::unique_ptr<Listener> listener_;

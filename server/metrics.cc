@@ -29,9 +29,13 @@ const std::vector<double> kStepTokenBounds = {1, 8, 16, 32, 64, 128, 256, 512, 1
 constexpr const char* kOutcomeNames[kNumCallOutcomes] = {"stop", "length", "cancelled", "deadline", "error"};
 constexpr const char* kPhaseNames[] = {"prefill", "decode", "mixed"};
 constexpr const char* kRejections[] = {"queue_full", "draining", "invalid", "duplicate", "quota", "auth", "error"};
-constexpr const char* kMethods[] = {"GenerateStream", "Generate",       "Score",        "Tokenize",
-                                    "Detokenize",     "ListModels",     "GetModel",     "GetLoad",
-                                    "Drain",          "CancelRequests", "GetServerInfo"};
+constexpr const char* kMethods[] = {
+    // minitron.v1
+    "GenerateStream", "Generate", "Score", "Tokenize", "Detokenize", "ListModels", "GetModel", "GetLoad", "Drain",
+    "CancelRequests", "GetServerInfo",
+    // inference.GRPCInferenceService
+    "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer", "ModelStreamInfer",
+    "ModelConfig", "ModelStatistics"};
 constexpr int kNumCodes = static_cast<int>(grpc::StatusCode::UNAUTHENTICATED) + 1;
 
 // 1, 2, 5, 10, ... up to the first bound that is at least `limit`.
@@ -86,6 +90,7 @@ void StepObservations::Clear() {
   }
   num_prompt_tokens = num_generated_tokens = num_cached_tokens = 0;
   std::fill(std::begin(outcomes), std::end(outcomes), 0);
+  std::fill(std::begin(outcome_seconds), std::end(outcome_seconds), 0.0);
 }
 
 prometheus::Gauge& Metrics::AddGauge(const std::string& name, const std::string& help) {
@@ -252,6 +257,34 @@ void Metrics::RecordStep(const scheduler::StepStats& stats, const StepObservatio
   request_prompt_tokens_->Observe(observations.prompt_tokens);
   request_generation_tokens_->Observe(observations.generation_tokens);
   for (int i = 0; i < kNumCallOutcomes; ++i) finished_[i]->Increment(observations.outcomes[i]);
+  AddToTotals(stats, observations);
+}
+
+void Metrics::AddToTotals(const scheduler::StepStats& stats, const StepObservations& observations) {
+  const auto add = [](const std::vector<double>& values, Tally& total) {
+    total.count += values.size();
+    for (const double value : values) total.seconds += value;
+  };
+  std::lock_guard<std::mutex> lock(totals_mutex_);
+  add(observations.queue_time, totals_.queue);
+  add(observations.inference_time, totals_.inference);
+  if (stats.num_batch_tokens > 0) ++totals_.steps;
+  for (int i = 0; i < kNumCallOutcomes; ++i) {
+    if (observations.outcomes[i] == 0) continue;
+    const auto outcome = static_cast<CallOutcome>(i);
+    const bool is_answer = outcome == CallOutcome::kStop || outcome == CallOutcome::kLength;
+    Tally& total = is_answer ? totals_.answered : totals_.failed;
+    total.count += static_cast<uint64_t>(observations.outcomes[i]);
+    total.seconds += observations.outcome_seconds[i];
+    const auto now = std::chrono::system_clock::now().time_since_epoch();
+    totals_.last_end_unix_ms =
+        static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(now).count());
+  }
+}
+
+Metrics::Totals Metrics::totals() const {
+  std::lock_guard<std::mutex> lock(totals_mutex_);
+  return totals_;
 }
 
 void Metrics::SetLoad(int num_running, int num_waiting) {

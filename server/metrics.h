@@ -12,6 +12,7 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -41,6 +42,7 @@ struct StepObservations {
   int64_t num_generated_tokens = 0;
   int64_t num_cached_tokens = 0;
   int outcomes[kNumCallOutcomes] = {};
+  double outcome_seconds[kNumCallOutcomes] = {};  // arrival to end, of the calls in `outcomes`
 
   void Clear();
 };
@@ -62,6 +64,21 @@ class Metrics {
   const std::map<std::string, std::string>& labels() const { return labels_; }
   // The process_* series; register it beside the registry.
   const std::shared_ptr<prometheus::Collectable>& process() const { return process_; }
+
+  struct Tally {
+    uint64_t count = 0;
+    double seconds = 0;
+  };
+  // Sums since the start, over all protocols; the same observations as the series.
+  struct Totals {
+    Tally answered;   // calls that ended with stop or length
+    Tally failed;     // all other admitted calls
+    Tally queue;      // sequences, arrival to first scheduled
+    Tally inference;  // sequences, first scheduled to last token
+    uint64_t steps = 0;
+    uint64_t last_end_unix_ms = 0;  // when the last call ended; 0: none has
+  };
+  Totals totals() const;
 
   void RecordStep(const scheduler::StepStats& stats, const StepObservations& observations);
   void SetLoad(int num_running, int num_waiting);
@@ -91,10 +108,14 @@ class Metrics {
   void AddPhases();
   void AddInfo(const MetricsOptions& options);
   void AddRpcs();
+  void AddToTotals(const scheduler::StepStats& stats, const StepObservations& observations);
 
   std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
   std::shared_ptr<prometheus::Collectable> process_;
   std::map<std::string, std::string> labels_;  // model_name
+
+  mutable std::mutex totals_mutex_;
+  Totals totals_;
 
   prometheus::Gauge *running_, *waiting_, *kv_usage_, *kv_blocks_, *kv_blocks_used_, *kv_block_size_;
   prometheus::Gauge *ready_, *model_load_seconds_, *streams_active_;

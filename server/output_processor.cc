@@ -335,8 +335,10 @@ void OutputProcessor::FailCall(LiveCall& call, const absl::Status& status, CallO
 
 // Unregisters first: a client that sees the end may use the name again at once.
 void OutputProcessor::CloseCall(const CallPtr& call) {
+  const double seconds = std::chrono::duration<double>(now_() - call->spec.arrival).count();
   ++observations_.outcomes[static_cast<int>(call->outcome)];
-  observations_.e2e_latency.push_back(std::chrono::duration<double>(now_() - call->spec.arrival).count());
+  observations_.outcome_seconds[static_cast<int>(call->outcome)] += seconds;
+  observations_.e2e_latency.push_back(seconds);
   observations_.prompt_tokens.push_back(call->spec.num_prompt_tokens);
   if (call->spec.charge != nullptr) {
     int64_t num_used = call->spec.num_prompt_tokens;

@@ -93,13 +93,12 @@ absl::Status RpcScope::Authorize() {
                 absl::StrCat("this method takes the role ", role_ == Role::kAdmin ? "admin" : "user"));
 }
 
-absl::StatusOr<CallContext> RpcScope::Begin() {
-  RETURN_IF_ERROR(Authorize());
+CallContext RpcScope::MakeContext(scheduler::TimePoint arrival) {
   CallContext call;
   call.request_id = FindMetadata(*context_, "x-request-id");
   call.tenant = identity_.tenant;
   call.is_tenant_known = server_->auth != nullptr;
-  call.arrival = arrival_;
+  call.arrival = arrival;
   call.deadline = call.arrival + server_->max_request_timeout;
   const auto system_now = std::chrono::system_clock::now();
   if (context_->deadline() < system_now + kFarFuture) {
@@ -108,6 +107,14 @@ absl::StatusOr<CallContext> RpcScope::Begin() {
   }
   call.fresh_seed = server_->names.FreshSeed();
   call.fresh_request_id = server_->names.FreshName();
+  return call;
+}
+
+CallContext RpcScope::NextRequest() { return MakeContext(server_->now()); }
+
+absl::StatusOr<CallContext> RpcScope::Begin() {
+  RETURN_IF_ERROR(Authorize());
+  CallContext call = MakeContext(arrival_);
   // Names that nobody vouches for have no limits, and would only fill memory.
   if (server_->tenants == nullptr || server_->auth == nullptr) return call;
   auto stream = server_->tenants->OpenStream(call.tenant);

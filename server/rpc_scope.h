@@ -29,6 +29,8 @@ class RpcScope {
   // the engine: arrival, deadline (the client's, at most the server's maximum away), names.
   // Errors: as Authorize; RESOURCE_EXHAUSTED.
   absl::StatusOr<CallContext> Begin();
+  // After Begin: the same for one more request on a stream of requests, arriving now.
+  CallContext NextRequest();
 
   // Sets the trailers and counts the call; its result goes to Finish. Call once, before Finish.
   grpc::Status Close(const absl::Status& status);
@@ -47,6 +49,7 @@ class RpcScope {
 
  private:
   absl::StatusOr<Identity> Identify() const;
+  CallContext MakeContext(scheduler::TimePoint arrival);
   void Audit(const grpc::Status& status) const;
 
   ServerContext* server_;                 // owned by main
@@ -61,6 +64,18 @@ class RpcScope {
   int num_prompt_tokens_ = 0;
   int num_output_tokens_ = 0;
 };
+
+// A call that needs no engine: answered at once, for callers who may. `handler` returns the status of the call.
+template <typename Handler>
+grpc::ServerUnaryReactor* AnswerUnary(ServerContext* server, grpc::CallbackServerContext* context, const char* method,
+                                      Role role, const Handler& handler) {
+  RpcScope scope(server, context, method, role);
+  absl::Status status = scope.Authorize();
+  if (status.ok()) status = handler();
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  reactor->Finish(scope.Close(status));
+  return reactor;
+}
 
 // Whether `text` is a version 00 traceparent of W3C Trace Context: 00-<trace id>-<parent id>-<flags>.
 bool IsTraceparent(const std::string& text);

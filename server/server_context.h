@@ -55,6 +55,7 @@ struct ServerContext {
   std::function<int()> queue_depth;
   std::function<scheduler::TimePoint()> now;
   std::function<void()> begin_drain;  // AdminService.Drain; returns at once
+  std::atomic<bool> ready{false};     // what health says; false from the start of a drain
   std::atomic<bool> draining{false};  // new requests are refused
   scheduler::Duration max_request_timeout = std::chrono::minutes(10);
   scheduler::TimePoint ready_since;

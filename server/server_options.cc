@@ -83,6 +83,7 @@ const std::vector<Flag>& Flags() {
       Switch("self-test", &O::self_test, "run the model on a fixed prompt before ready"),
       Switch("reflection", &O::reflection, "gRPC server reflection; with --auth-file for known tokens only"),
       Switch("channelz", &O::channelz, "gRPC channelz; with --auth-file for the role admin only"),
+      Switch("open-inference", &O::open_inference, "Open Inference Protocol (Triton's clients) on the gRPC port"),
       Switch("add-bos", &O::add_bos, "prepend BOS to text prompts unless a request says otherwise"),
       Switch("help", &O::show_help, "print this and exit"),
       Switch("version", &O::show_version, "print the version and exit"),

@@ -59,6 +59,7 @@ struct ServerOptions {
   bool self_test = true;
   bool reflection = true;
   bool channelz = false;
+  bool open_inference = true;
   bool add_bos = false;
   bool show_help = false;
   bool show_version = false;

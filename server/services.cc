@@ -10,18 +10,6 @@
 namespace minitron::server {
 namespace {
 
-// A call that needs no engine: answered at once, for callers who may.
-template <typename Handler>
-grpc::ServerUnaryReactor* Answer(ServerContext* server, grpc::CallbackServerContext* context, const char* method,
-                                 Role role, const Handler& handler) {
-  RpcScope scope(server, context, method, role);
-  absl::Status status = scope.Authorize();
-  if (status.ok()) status = handler();
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(scope.Close(status));
-  return reactor;
-}
-
 void Describe(const ServedModel& model, v1::Model& out) {
   const engine::ModelInfo& info = model.info;
   out.set_name(model.name);
@@ -119,20 +107,20 @@ grpc::ServerUnaryReactor* GenerationService::Score(grpc::CallbackServerContext* 
 grpc::ServerUnaryReactor* GenerationService::Tokenize(grpc::CallbackServerContext* context,
                                                       const v1::TokenizeRequest* request,
                                                       v1::TokenizeResponse* response) {
-  return Answer(server_, context, "Tokenize", Role::kUser,
-                [&] { return FillTokens(*request, server_->model, *response); });
+  return AnswerUnary(server_, context, "Tokenize", Role::kUser,
+                     [&] { return FillTokens(*request, server_->model, *response); });
 }
 
 grpc::ServerUnaryReactor* GenerationService::Detokenize(grpc::CallbackServerContext* context,
                                                         const v1::DetokenizeRequest* request,
                                                         v1::DetokenizeResponse* response) {
-  return Answer(server_, context, "Detokenize", Role::kUser,
-                [&] { return FillText(*request, server_->model, *response); });
+  return AnswerUnary(server_, context, "Detokenize", Role::kUser,
+                     [&] { return FillText(*request, server_->model, *response); });
 }
 
 grpc::ServerUnaryReactor* ModelService::ListModels(grpc::CallbackServerContext* context, const v1::ListModelsRequest*,
                                                    v1::ListModelsResponse* response) {
-  return Answer(server_, context, "ListModels", Role::kUser, [&] {
+  return AnswerUnary(server_, context, "ListModels", Role::kUser, [&] {
     Describe(server_->model, *response->add_models());
     return absl::OkStatus();
   });
@@ -140,7 +128,7 @@ grpc::ServerUnaryReactor* ModelService::ListModels(grpc::CallbackServerContext* 
 
 grpc::ServerUnaryReactor* ModelService::GetModel(grpc::CallbackServerContext* context,
                                                  const v1::GetModelRequest* request, v1::GetModelResponse* response) {
-  return Answer(server_, context, "GetModel", Role::kUser, [&]() -> absl::Status {
+  return AnswerUnary(server_, context, "GetModel", Role::kUser, [&]() -> absl::Status {
     RETURN_IF_ERROR(CheckModelName(request->name(), server_->model));
     Describe(server_->model, *response->mutable_model());
     return absl::OkStatus();
@@ -150,7 +138,7 @@ grpc::ServerUnaryReactor* ModelService::GetModel(grpc::CallbackServerContext* co
 grpc::ServerUnaryReactor* AdminService::GetServerInfo(grpc::CallbackServerContext* context,
                                                       const v1::GetServerInfoRequest*,
                                                       v1::GetServerInfoResponse* response) {
-  return Answer(server_, context, "GetServerInfo", Role::kAdmin, [&] {
+  return AnswerUnary(server_, context, "GetServerInfo", Role::kAdmin, [&] {
     FillInfo(*server_, *response);
     return absl::OkStatus();
   });
@@ -158,7 +146,7 @@ grpc::ServerUnaryReactor* AdminService::GetServerInfo(grpc::CallbackServerContex
 
 grpc::ServerUnaryReactor* AdminService::GetLoad(grpc::CallbackServerContext* context, const v1::GetLoadRequest*,
                                                 v1::GetLoadResponse* response) {
-  return Answer(server_, context, "GetLoad", Role::kAdmin, [&] {
+  return AnswerUnary(server_, context, "GetLoad", Role::kAdmin, [&] {
     FillLoad(*server_, *response);
     return absl::OkStatus();
   });
@@ -167,13 +155,13 @@ grpc::ServerUnaryReactor* AdminService::GetLoad(grpc::CallbackServerContext* con
 grpc::ServerUnaryReactor* AdminService::CancelRequests(grpc::CallbackServerContext* context,
                                                        const v1::CancelRequestsRequest* request,
                                                        v1::CancelRequestsResponse* response) {
-  return Answer(server_, context, "CancelRequests", Role::kAdmin,
-                [&] { return CancelByName(*request, *server_->output, *response); });
+  return AnswerUnary(server_, context, "CancelRequests", Role::kAdmin,
+                     [&] { return CancelByName(*request, *server_->output, *response); });
 }
 
 grpc::ServerUnaryReactor* AdminService::Drain(grpc::CallbackServerContext* context, const v1::DrainRequest*,
                                               v1::DrainResponse*) {
-  return Answer(server_, context, "Drain", Role::kAdmin, [&] {
+  return AnswerUnary(server_, context, "Drain", Role::kAdmin, [&] {
     server_->begin_drain();
     return absl::OkStatus();
   });

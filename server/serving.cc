@@ -68,6 +68,7 @@ GrpcServerOptions MakeGrpcOptions(const ServerOptions& options, TlsStore* tls) {
   if (options.health_port >= 0) result.health_port = options.health_port;
   result.handshake_timeout = std::chrono::milliseconds(static_cast<int64_t>(options.handshake_timeout_s * 1000));
   result.listener = {options.max_connections, options.max_connections_per_address};
+  result.open_inference = options.open_inference;
   return result;
 }
 

@@ -34,6 +34,7 @@ void UnaryEngineCall::Run(const std::function<absl::StatusOr<BuiltRequest>(const
 void UnaryEngineCall::OnComplete() {
   std::lock_guard<std::mutex> lock(mutex_);
   if (finished_) return;
+  Complete();
   finished_ = true;
   Finish(scope_.Close(grpc::Status::OK));
 }

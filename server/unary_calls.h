@@ -34,7 +34,7 @@ class UnaryEngineCall : public grpc::ServerUnaryReactor, public CallSink {
  protected:
   // Fills in what the response says of the request; before any event.
   virtual void OnAdmitting(const BuiltRequest& built) = 0;
-  // The answer is complete.
+  // The answer is complete: the last chance to fill in the response. With mutex_ held.
   virtual void Complete() {}
   ServerContext* server() const { return server_; }
   RpcScope& scope() { return scope_; }  // under mutex_

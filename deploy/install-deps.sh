@@ -16,9 +16,9 @@ tools=$top/build/tools # promtool lands here
 build_packages=(
   build-essential cmake ninja-build pkg-config ccache git ca-certificates
   libgrpc++-dev libgrpc-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
-  prometheus-cpp-dev libcurl4-openssl-dev zlib1g-dev libhwy-dev nlohmann-json3-dev
+  prometheus-cpp-dev libcurl4-openssl-dev zlib1g-dev libhwy-dev nlohmann-json3-dev libsentencepiece-dev
 )
-test_packages=(libsentencepiece-dev libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf curl)
+test_packages=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf curl)
 clients_packages=(python3 python3-venv)
 lint_packages=(clang-format clang-tidy)
 golden_packages=(python3 python3-venv python3-torch)

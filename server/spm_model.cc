@@ -1,46 +1,30 @@
 #include "server/spm_model.h"
 
+#include <sentencepiece_processor.h>
+
 #include <array>
-#include <cstdio>
+#include <exception>
 #include <filesystem>
 #include <fstream>
-#include <queue>
 #include <unordered_map>
-#include <unordered_set>
 #include <utility>
 
 #include "engine/base/check.h"
-#include "server/spm_normalizer.h"
 #include "server/spm_proto.h"
 #include "server/utf8.h"
+
+// Exported by the library, but in no header that it installs.
+namespace sentencepiece::logging {
+void SetMinLogLevel(int level);
+}
 
 namespace minitron::server {
 namespace {
 
-constexpr std::string_view kSpaceSymbol = "\xE2\x96\x81";
+using sentencepiece::SentencePieceProcessor;
 
-// A maximal part of the text merged so far. Parts form a doubly linked list; a part swallowed by its left neighbour is
-// empty.
-struct Symbol {
-  int previous;
-  int next;
-  std::string_view text;
-};
-
-// A merge that was possible when it was found.
-struct Merge {
-  float score;
-  int left;
-  int right;
-  size_t size;  // bytes of both; a symbol that changed since has another size
-};
-
-// Highest score first, then leftmost.
-struct MergeOrder {
-  bool operator()(const Merge& a, const Merge& b) const {
-    return a.score < b.score || (a.score == b.score && a.left > b.left);
-  }
-};
+// Above every message of the library: what goes wrong comes back as a status, and we log the flags ourselves.
+constexpr int kSilent = 3;
 
 SpmModel::PieceType TypeOf(int proto_type) {
   switch (proto_type) {
@@ -59,41 +43,36 @@ SpmModel::PieceType TypeOf(int proto_type) {
   }
 }
 
+// Why the library refuses `model`; empty when it does not.
+std::string LoadInto(SentencePieceProcessor& processor, const std::string& model) {
+  sentencepiece::logging::SetMinLogLevel(kSilent);
+  try {
+    const sentencepiece::util::Status status = processor.LoadFromSerializedProto(model);
+    return status.ok() ? "" : "refused by sentencepiece: " + std::string(status.error_message());
+  } catch (const std::exception& error) {  // of the trie that it builds
+    return std::string("refused by sentencepiece: ") + error.what();
+  }
+}
+
 }  // namespace
 
 struct SpmModel::Impl {
-  Impl(SpmProto model, std::string* error) : proto(std::move(model)), normalizer(proto.normalizer, error), byte_ids{} {
+  explicit Impl(SpmProto model) : proto(std::move(model)) {
     ids.reserve(proto.pieces.size());
     for (size_t i = 0; i < proto.pieces.size(); ++i) {
-      const SpmProto::Piece& piece = proto.pieces[i];
-      const int id = static_cast<int>(i);
-      ids.emplace(piece.text, id);
-      if (piece.type == SpmProto::kUnknown) unk_id = id;
-      // What an unused piece is taken apart into depends on the whole text, as in sentencepiece.
-      if (piece.type == SpmProto::kUnused) splits_at_spaces = false;
-      if (piece.type == SpmProto::kNormal) NoteSpaces(piece.text);
-      if (piece.type == SpmProto::kByte) byte_ids[std::stoul(piece.text.substr(3, 2), nullptr, 16)] = id;
+      ids.emplace(proto.pieces[i].text, static_cast<int>(i));
+      if (proto.pieces[i].type == SpmProto::kUnknown) unk_id = static_cast<int>(i);
     }
     flags = {proto.normalizer.add_dummy_prefix, proto.normalizer.remove_extra_whitespaces,
              proto.normalizer.escape_whitespaces, proto.trainer.byte_fallback, proto.normalizer.name};
   }
 
-  // Records each character that stands before a space symbol inside `text`.
-  void NoteSpaces(std::string_view text) {
-    std::string_view last;
-    while (!text.empty()) {
-      if (!last.empty() && text.starts_with(kSpaceSymbol)) joins_space.insert(last);
-      last = text.substr(0, NextUtf8(text).length);
-      text.remove_prefix(last.size());
-    }
-  }
-
-  // The id of a piece that merging may give, or -1. Unused pieces are steps on the way to others.
-  int MergeableId(std::string_view text) const {
-    const auto found = ids.find(text);
-    if (found == ids.end()) return -1;
-    const int type = proto.pieces[found->second].type;
-    return type == SpmProto::kNormal || type == SpmProto::kUnused ? found->second : -1;
+  // Loads the processors from `proto`. Returns an empty string, or why the library refuses.
+  std::string LoadProcessors() {
+    std::string error = LoadInto(at_start, SerializeSpmProto(proto, /*add_dummy_prefix=*/true));
+    if (!error.empty() || !flags.add_dummy_prefix) return error;
+    in_the_middle = std::make_unique<SentencePieceProcessor>();
+    return LoadInto(*in_the_middle, SerializeSpmProto(proto, /*add_dummy_prefix=*/false));
   }
 
   int ControlId(const std::string& piece) const {
@@ -102,119 +81,12 @@ struct SpmModel::Impl {
   }
 
   SpmProto proto;
-  SpmNormalizer normalizer;
   std::unordered_map<std::string_view, int> ids;  // keys point into proto.pieces
-  std::array<int, 256> byte_ids;
-  std::unordered_set<std::string_view> joins_space;  // characters that some piece has before a space symbol
-  bool splits_at_spaces = true;
+  SentencePieceProcessor at_start;
+  std::unique_ptr<SentencePieceProcessor> in_the_middle;  // without the dummy prefix; null when there is none
   int unk_id = -1;
   Flags flags;
 };
-
-namespace {
-
-// Byte-pair encoding of a normalized text, one segment after the other.
-template <typename Model>
-class BpeRun {
- public:
-  explicit BpeRun(const Model& model) : model_(model) {}
-
-  std::vector<int> Run(std::string_view text) {
-    while (!text.empty()) {
-      const size_t length = SegmentLength(text);
-      EncodeSegment(text.substr(0, length));
-      text.remove_prefix(length);
-    }
-    return std::move(ids_);
-  }
-
- private:
-  // Bytes up to the first space symbol that no piece can contain after the character before it: no merge crosses that
-  // border, so both sides are encoded independently, and the work stays linear in the text for any ordinary model.
-  size_t SegmentLength(std::string_view text) const {
-    size_t last = 0;
-    for (size_t i = NextUtf8(text).length; i < text.size();) {
-      const std::string_view rest = text.substr(i);
-      if (model_.splits_at_spaces && rest.starts_with(kSpaceSymbol) &&
-          model_.joins_space.count(text.substr(last, i - last)) == 0) {
-        return i;
-      }
-      last = i;
-      i += NextUtf8(rest).length;
-    }
-    return text.size();
-  }
-
-  void EncodeSegment(std::string_view text) {
-    symbols_.clear();
-    while (!text.empty()) {
-      const size_t length = NextUtf8(text).length;  // valid, hence whole characters
-      const int index = static_cast<int>(symbols_.size());
-      symbols_.push_back({index - 1, index + 1, text.substr(0, length)});
-      text.remove_prefix(length);
-    }
-    symbols_.back().next = -1;
-    for (int i = 1; i < static_cast<int>(symbols_.size()); ++i) Consider(i - 1, i);
-    while (!agenda_.empty()) {
-      const Merge merge = agenda_.top();
-      agenda_.pop();
-      Symbol& left = symbols_[merge.left];
-      Symbol& right = symbols_[merge.right];
-      if (left.text.empty() || right.text.empty() || left.text.size() + right.text.size() != merge.size) continue;
-      left.text = {left.text.data(), merge.size};
-      left.next = right.next;
-      if (right.next >= 0) symbols_[right.next].previous = merge.left;
-      right.text = {};
-      Consider(left.previous, merge.left);
-      Consider(merge.left, left.next);
-    }
-    for (int i = 0; i != -1; i = symbols_[i].next) Emit(symbols_[i].text);
-  }
-
-  void Consider(int left, int right) {
-    if (left == -1 || right == -1) return;
-    const std::string_view a = symbols_[left].text;
-    const std::string_view b = symbols_[right].text;
-    const std::string_view joined(a.data(), a.size() + b.size());
-    const int id = model_.MergeableId(joined);
-    if (id == -1) return;
-    const SpmProto::Piece& piece = model_.proto.pieces[id];
-    agenda_.push({piece.score, left, right, joined.size()});
-    if (piece.type == SpmProto::kUnused) unused_parts_[joined] = {a, b};
-  }
-
-  // Appends the ids of one symbol: an unused piece is taken apart again, unknown text becomes bytes or one unknown id.
-  void Emit(std::string_view symbol) {
-    std::vector<std::string_view> stack = {symbol};
-    while (!stack.empty()) {
-      const std::string_view text = stack.back();
-      stack.pop_back();
-      const int id = model_.MergeableId(text);
-      if (id != -1 && model_.proto.pieces[id].type == SpmProto::kUnused) {
-        if (const auto parts = unused_parts_.find(text); parts != unused_parts_.end()) {
-          stack.push_back(parts->second.second);
-          stack.push_back(parts->second.first);
-          continue;
-        }
-      }
-      if (id != -1) {
-        ids_.push_back(id);
-      } else if (model_.proto.trainer.byte_fallback) {
-        for (const char c : text) ids_.push_back(model_.byte_ids[static_cast<unsigned char>(c)]);
-      } else if (ids_.empty() || ids_.back() != model_.unk_id) {
-        ids_.push_back(model_.unk_id);  // a run of unknown text is one id
-      }
-    }
-  }
-
-  const Model& model_;
-  std::vector<Symbol> symbols_;
-  std::priority_queue<Merge, std::vector<Merge>, MergeOrder> agenda_;
-  std::unordered_map<std::string_view, std::pair<std::string_view, std::string_view>> unused_parts_;
-  std::vector<int> ids_;
-};
-
-}  // namespace
 
 SpmModel::SpmModel(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 SpmModel::~SpmModel() = default;
@@ -227,8 +99,8 @@ std::unique_ptr<SpmModel> SpmModel::Parse(std::string_view data, std::string* er
   SpmProto proto;
   *error = ParseSpmProto(data, &proto);
   if (!error->empty()) return nullptr;
-  if (proto.trainer.model_type != 2) {
-    *error = "model type " + std::to_string(proto.trainer.model_type) + ", only 2 (BPE) is supported";
+  if (proto.trainer.model_type < 1 || proto.trainer.model_type > 4) {
+    *error = "model type " + std::to_string(proto.trainer.model_type) + " outside [1, 4]";
   } else if (proto.trainer.treat_whitespace_as_suffix) {
     *error = "treat_whitespace_as_suffix is not supported";
   } else if (!proto.denormalizer.precompiled_charsmap.empty()) {
@@ -237,7 +109,8 @@ std::unique_ptr<SpmModel> SpmModel::Parse(std::string_view data, std::string* er
     *error = "unk_surface is not valid UTF-8";
   }
   if (!error->empty()) return nullptr;
-  auto impl = std::make_unique<Impl>(std::move(proto), error);
+  auto impl = std::make_unique<Impl>(std::move(proto));
+  *error = impl->LoadProcessors();
   if (!error->empty()) return nullptr;
   return std::unique_ptr<SpmModel>(new SpmModel(std::move(impl)));
 }
@@ -266,8 +139,8 @@ std::unique_ptr<SpmModel> SpmModel::Load(const std::string& path, std::string* e
 }
 
 std::vector<int> SpmModel::Encode(std::string_view text, bool at_text_start) const {
-  const std::string normalized = impl_->normalizer.Normalize(text, at_text_start);
-  return BpeRun<Impl>(*impl_).Run(normalized);
+  const bool plain = at_text_start || impl_->in_the_middle == nullptr;
+  return (plain ? impl_->at_start : *impl_->in_the_middle).EncodeAsIds(text);
 }
 
 int SpmModel::PieceToId(std::string_view piece) const {

@@ -1,11 +1,8 @@
-// SpmModel: a sentencepiece BPE model (tokenizer.model): its pieces and flags, and text to ids. std only.
+// SpmModel: a sentencepiece model (tokenizer.model): its pieces and flags, and text to ids. std only: the wall around
+// the library, whose header does not compile beside abseil's.
 //
-// Decision 2026-11-24: the algorithm is implemented here and Debian's libsentencepiece 0.1.97 is only linked into
-// tests, as the oracle. Why: that library exports its own copy of protobuf 3.14; in a process that also loads
-// protobuf 3.21 (gRPC does) the two copies replace each other's symbols, and the first Load aborts or crashes, whatever
-// the link order. Its loader also crashes on hostile files (CVE-2026-1260), and it cannot be told to leave user-defined
-// pieces alone. What would change it: a sentencepiece built against the distribution's protobuf, with those two points
-// settled.
+// The library sees nothing of a file but what spm_proto has checked and written anew (its own loader crashes on hostile
+// files, CVE-2026-1260), with the special pieces under names that no text can spell.
 #pragma once
 
 #include <memory>
@@ -29,8 +26,9 @@ class SpmModel {
     std::string normalizer;  // "identity", "nmt_nfkc", ...
   };
 
-  // Reads a tokenizer.model file: a regular file of at most 64 MiB, BPE, checked as ParseSpmProto says. On failure
-  // returns null and sets *error to one line naming the file and the cause.
+  // Reads a tokenizer.model file: a regular file of at most 64 MiB, of any of the four model types (unigram, BPE, word,
+  // character), checked as ParseSpmProto says. On failure returns null and sets *error to one line naming the file and
+  // the cause.
   static std::unique_ptr<SpmModel> Load(const std::string& path, std::string* error);
   // The same from the file's bytes; *error has no path.
   static std::unique_ptr<SpmModel> Parse(std::string_view data, std::string* error);
@@ -41,7 +39,7 @@ class SpmModel {
   // Ids of one text, without BOS. Never gives a control or user-defined piece, whatever the text spells: the result is
   // what sentencepiece gives for the same model with its user-defined pieces declared control. Invalid UTF-8 becomes
   // U+FFFD per byte, as in sentencepiece. `at_text_start` false: no dummy prefix (a part in the middle of a text).
-  // Linear in the text for models whose pieces do not span spaces, else n log n.
+  // n log n in the text. Empty when the library fails, which it does for no model that Parse accepts.
   std::vector<int> Encode(std::string_view text, bool at_text_start = true) const;
   // The id of an exact piece of any type, or -1.
   int PieceToId(std::string_view piece) const;

@@ -24,6 +24,10 @@ constexpr uint32_t kFixed64 = 1;
 constexpr uint32_t kBytes = 2;
 constexpr uint32_t kFixed32 = 5;
 
+// How the names of pieces begin that no text shall become: more than one character, so that the library, which looks up
+// what is left of a text after its merges, finds them for none.
+const std::string kUnspellable = "\xEF\xBF\xBFspecial ";
+
 // Walks the fields of one message. Never reads outside the view it was given, never recurses.
 class WireReader {
  public:
@@ -89,6 +93,29 @@ class WireReader {
   bool ok_ = true;
 };
 
+void WriteRawVarint(uint64_t value, std::string* out) {
+  for (; value >= 0x80; value >>= 7) out->push_back(static_cast<char>(value | 0x80));
+  out->push_back(static_cast<char>(value));
+}
+
+void WriteVarint(uint32_t number, uint64_t value, std::string* out) {
+  WriteRawVarint(number << 3 | kVarint, out);
+  WriteRawVarint(value, out);
+}
+
+void WriteBytes(uint32_t number, std::string_view bytes, std::string* out) {
+  WriteRawVarint(number << 3 | kBytes, out);
+  WriteRawVarint(bytes.size(), out);
+  out->append(bytes);
+}
+
+void WriteFloat(uint32_t number, float value, std::string* out) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(bits));
+  WriteRawVarint(number << 3 | kFixed32, out);
+  for (int shift = 0; shift < 32; shift += 8) out->push_back(static_cast<char>(bits >> shift));
+}
+
 // A field with a wire type that is not its own is skipped, as protobuf does with unknown fields.
 void Set(const Field& field, bool* value) {
   if (field.wire_type == kVarint) *value = field.varint != 0;
@@ -146,6 +173,48 @@ bool ParseNormalizer(std::string_view data, SpmProto::Normalizer* normalizer) {
   return reader.ok();
 }
 
+// A unit of the character map's double array (the format of darts-clone, which the file embeds).
+bool IsValue(uint32_t unit) { return unit >> 31 != 0; }
+bool HasLeaf(uint32_t unit) { return (unit >> 8 & 1) != 0; }
+uint32_t Offset(uint32_t unit) { return unit >> 10 << ((unit & 1u << 9) >> 6); }
+
+// The map is the trie's size in bytes, the trie, and NUL-terminated replacements that the trie's values point to. A
+// walk goes from unit i to (i ^ offset) ^ byte, so it stays inside if every block of 256 units that a unit leads to
+// does.
+std::string CheckCharacterMap(std::string_view map) {
+  if (map.empty()) return "";
+  const auto word = [&](size_t offset) {
+    uint32_t value = 0;
+    for (size_t i = 0; i < 4; ++i) value |= static_cast<uint32_t>(static_cast<uint8_t>(map[offset + i])) << (8 * i);
+    return value;
+  };
+  const std::string size = "character map of " + std::to_string(map.size()) + " bytes ";
+  if (map.size() < 8) return size + "is too short";
+  const size_t trie_bytes = word(0);
+  if (trie_bytes == 0 || trie_bytes % 1024 != 0 || trie_bytes > map.size() - 4) {
+    return size + "has a trie of " + std::to_string(trie_bytes);
+  }
+  const std::string_view replacements = map.substr(4 + trie_bytes);
+  if (replacements.empty() || replacements.back() != '\0' || !IsValidUtf8(replacements)) {
+    return "character map's replacements are not NUL-terminated UTF-8";
+  }
+  const auto unit_at = [&](size_t i) { return word(4 + 4 * i); };
+  for (size_t i = 0; i < trie_bytes / 4; ++i) {
+    const uint32_t unit = unit_at(i);
+    if (IsValue(unit) && i > 0) continue;  // no walk goes on from here, except from the root
+    const size_t base = i ^ Offset(unit);
+    if (base >= trie_bytes / 4)
+      return "character map's trie leads outside its " + std::to_string(trie_bytes) + " bytes";
+    if (!HasLeaf(unit)) continue;
+    const size_t value = unit_at(base) & 0x7FFFFFFFu;
+    if (value >= replacements.size() || (static_cast<uint8_t>(replacements[value]) & 0xC0) == 0x80) {
+      return "character map's trie names the replacement at " + std::to_string(value) + " of " +
+             std::to_string(replacements.size()) + " bytes";
+    }
+  }
+  return "";
+}
+
 std::string PieceError(size_t id, const std::string& what) { return "piece " + std::to_string(id) + " " + what; }
 
 std::string CheckPieces(const SpmProto& proto) {
@@ -160,6 +229,8 @@ std::string CheckPieces(const SpmProto& proto) {
       return PieceError(id, "has " + std::to_string(piece.text.size()) + " bytes, limit 4096");
     }
     if (!IsValidUtf8(piece.text)) return PieceError(id, "is not valid UTF-8");
+    if (piece.text.starts_with(kUnspellable)) return PieceError(id, "has a name that the server needs");
+    if (piece.text.find('\0') != std::string::npos) return PieceError(id, "contains NUL");
     if (!std::isfinite(piece.score)) return PieceError(id, "has a score that is not finite");
     if (piece.type < SpmProto::kNormal || piece.type > SpmProto::kByte) return PieceError(id, "has an unknown type");
     if (!texts.insert(piece.text).second) return PieceError(id, "has the text of an earlier piece");
@@ -201,7 +272,33 @@ std::string ParseSpmProto(std::string_view data, SpmProto* proto) {
   }
   if (!ok || !reader.ok()) return "not a sentencepiece model (malformed protobuf)";
   if (proto->pieces.empty()) return "not a sentencepiece model (no pieces)";
-  return CheckPieces(*proto);
+  const std::string error = CheckPieces(*proto);
+  return error.empty() ? CheckCharacterMap(proto->normalizer.precompiled_charsmap) : error;
+}
+
+std::string SerializeSpmProto(const SpmProto& proto, bool add_dummy_prefix) {
+  std::string model;
+  for (size_t id = 0; id < proto.pieces.size(); ++id) {
+    const SpmProto::Piece& piece = proto.pieces[id];
+    const bool special = piece.type == SpmProto::kControl || piece.type == SpmProto::kUserDefined;
+    std::string body;
+    WriteBytes(1, special ? kUnspellable + std::to_string(id) : piece.text, &body);
+    WriteFloat(2, piece.score, &body);
+    WriteVarint(3, static_cast<uint64_t>(special ? SpmProto::kControl : piece.type), &body);
+    WriteBytes(1, body, &model);
+  }
+  std::string trainer;
+  WriteVarint(3, proto.trainer.model_type, &trainer);
+  WriteVarint(35, proto.trainer.byte_fallback ? 1 : 0, &trainer);
+  WriteBytes(2, trainer, &model);
+  std::string normalizer;
+  WriteBytes(1, proto.normalizer.name, &normalizer);
+  WriteBytes(2, proto.normalizer.precompiled_charsmap, &normalizer);
+  WriteVarint(3, proto.normalizer.add_dummy_prefix && add_dummy_prefix ? 1 : 0, &normalizer);
+  WriteVarint(4, proto.normalizer.remove_extra_whitespaces ? 1 : 0, &normalizer);
+  WriteVarint(5, proto.normalizer.escape_whitespaces ? 1 : 0, &normalizer);
+  WriteBytes(3, normalizer, &model);
+  return model;
 }
 
 }  // namespace minitron::server

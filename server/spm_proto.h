@@ -1,4 +1,5 @@
-// The fields of a sentencepiece ModelProto that this server uses, read from the file's bytes. std only.
+// The fields of a sentencepiece ModelProto that matter at run time, read from the file's bytes, checked, and written
+// again for the library. std only: this is what stands between an untrusted file and sentencepiece.
 #pragma once
 
 #include <cstdint>
@@ -48,9 +49,15 @@ struct SpmProto {
   Normalizer denormalizer;
 };
 
-// Parses `data` and checks every piece: count, type, finite score, non-empty valid UTF-8 text, no text twice, exactly
-// one unknown piece, byte pieces complete with byte_fallback and absent without. Unknown fields are skipped; groups are
-// refused. Returns an empty string, or one line that says what is wrong.
+// Parses `data` and checks every piece: count, type, finite score, non-empty valid UTF-8 text without NUL, no text
+// twice, exactly one unknown piece, byte pieces complete with byte_fallback and absent without; and that no text can
+// lead the character map's trie outside its arrays. Unknown fields are skipped; groups are refused. Returns an empty
+// string, or one line that says what is wrong.
 std::string ParseSpmProto(std::string_view data, SpmProto* proto);
+
+// The bytes of a ModelProto for the library: what ParseSpmProto has checked and nothing else. Control and user-defined
+// pieces get names that no text can spell, so the library gives them for no text. `add_dummy_prefix`: whether a text
+// may get the prefix, if the file wants one at all.
+std::string SerializeSpmProto(const SpmProto& proto, bool add_dummy_prefix);
 
 }  // namespace minitron::server

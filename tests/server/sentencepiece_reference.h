@@ -1,5 +1,5 @@
-// The real sentencepiece, as the oracle for server/spm_model. std only: its header does not compile beside abseil's.
-// A test that uses it must not link protobuf or gRPC (server/spm_model.h says why).
+// sentencepiece with a file as it is, as the reference for server/spm_model, which gives it a file written anew. std
+// only: its header does not compile beside abseil's.
 #pragma once
 
 #include <memory>

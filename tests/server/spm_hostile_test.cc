@@ -37,9 +37,10 @@ TEST(SpmHostileTest, FlippedBytesNeverCrash) {
   int num_refused = 0;
   for (const char* path : {"tests/server/testdata/no_prefix.model", "tests/server/testdata/nfkc.model"}) {
     const std::string original = ReadSourceFile(path);
-    for (int i = 0; i < 3000; ++i) {
+    for (int i = 0; i < 6000; ++i) {
       std::string data = original;
       for (int flips = 1 + random() % 4; flips > 0; --flips) data[random() % data.size()] = static_cast<char>(random());
+      if (i % 2 == 0) data += std::string("\x12\x02\x18\x01", 4);  // unigram: the library builds a trie of the pieces
       (LoadAndUse(data) ? num_loaded : num_refused)++;
     }
   }
@@ -115,8 +116,25 @@ TEST(SpmHostileTest, EachRuleIsNamedInItsRefusal) {
   EXPECT_EQ(ErrorOf(Piece("a", 0, 1)), "0 unknown pieces, exactly 1 needed");
   EXPECT_EQ(ErrorOf(unknown + Piece("<0xZZ>", 0, 6)), "piece 1 is a byte piece but not spelled <0xNN>");
   EXPECT_EQ(ErrorOf(unknown + Piece("<0x41>", 0, 6)), "byte pieces are there but byte_fallback is off");
-  EXPECT_EQ(SpmModel::Parse(unknown, &error), nullptr);
-  EXPECT_THAT(error, HasSubstr("model type 1, only 2 (BPE) is supported"));
+  EXPECT_EQ(ErrorOf(unknown + Piece(std::string("a\0b", 3), 0, 1)), "piece 1 contains NUL");
+  EXPECT_EQ(SpmModel::Parse(unknown + Piece("a", 0, 1) + std::string("\x12\x02\x18\x05", 4), &error), nullptr);
+  EXPECT_EQ(error, "model type 5 outside [1, 4]");
+}
+
+TEST(SpmHostileTest, APieceOfOneCharacterThatIsSpecialIsNotGivenForThatCharacter) {
+  for (const int type : {3, 4}) {
+    std::string error;
+    const std::unique_ptr<SpmModel> model =
+        SpmModel::Parse(Piece("<unk>", 0, 2) + Piece("x", 0, type) + std::string("\x12\x02\x18\x02", 4), &error);
+    ASSERT_NE(model, nullptr) << error;
+    for (const int id : model->Encode("x")) EXPECT_EQ(id, 0);
+    EXPECT_EQ(model->PieceToId("x"), 1);
+  }
+}
+
+TEST(SpmHostileTest, TheNamesGivenToSpecialPiecesCollideWithNoPiece) {
+  EXPECT_EQ(ErrorOf(Piece("<unk>", 0, 2) + Piece("<s>", 0, 3) + Piece("\xEF\xBF\xBFspecial 1", 0, 1)),
+            "piece 2 has a name that the server needs");
 }
 
 TEST(SpmHostileTest, AFileOverTheLimitIsRefusedBeforeItIsParsed) {

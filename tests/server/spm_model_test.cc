@@ -84,6 +84,25 @@ TEST(SpmModelTest, EncodeEqualsSentencepieceWithUserDefinedPiecesAsControl) {
   }
 }
 
+// The last model type in a file counts.
+std::string WithModelType(const std::string& data, char type) { return data + "\x12\x02\x18" + type; }
+
+TEST(SpmModelTest, UnigramAndCharacterModelsEncodeAsSentencepieceToo) {
+  for (const char* path : kModels) {
+    for (const char type : {1, 4}) {
+      const std::string data = WithModelType(ReadSourceFile(path), type);
+      const std::unique_ptr<SpmModel> model = Parse(data);
+      ASSERT_NE(model, nullptr) << path;
+      const SentencePieceReference reference(WithUserDefinedAsControl(data));
+      std::mt19937 random(6);
+      for (int i = 0; i < 1000; ++i) {
+        const std::string text = RandomText(random, /*valid=*/i % 2 == 0);
+        ASSERT_EQ(model->Encode(text), reference.Encode(text)) << path << " type " << int{type} << " round " << i;
+      }
+    }
+  }
+}
+
 TEST(SpmModelTest, EncodeWithoutSpecialSpellingsEqualsSentencepieceItself) {
   for (const char* path : kModels) {
     const std::string data = ReadSourceFile(path);
@@ -101,13 +120,20 @@ TEST(SpmModelTest, EncodeWithoutSpecialSpellingsEqualsSentencepieceItself) {
 
 TEST(SpmModelTest, EncodeNeverGivesAControlOrUserDefinedPiece) {
   for (const char* path : kModels) {
-    const std::unique_ptr<SpmModel> model = Parse(ReadSourceFile(path));
-    ASSERT_NE(model, nullptr) << path;
-    std::string spelled;
-    for (int id = 0; id < model->vocab_size(); ++id) spelled += model->Piece(id);
-    for (const int id : model->Encode(spelled)) {
-      ASSERT_NE(model->Type(id), SpmModel::PieceType::kControl) << id;
-      ASSERT_NE(model->Type(id), SpmModel::PieceType::kUserDefined) << id;
+    for (const char type : {1, 2, 3, 4}) {
+      const std::unique_ptr<SpmModel> model = Parse(WithModelType(ReadSourceFile(path), type));
+      ASSERT_NE(model, nullptr) << path;
+      std::vector<std::string> texts = {""};
+      for (int id = 0; id < model->vocab_size(); ++id) {
+        texts[0] += model->Piece(id);
+        texts.push_back(model->Piece(id));
+      }
+      for (const std::string& text : texts) {
+        for (const int id : model->Encode(text)) {
+          ASSERT_NE(model->Type(id), SpmModel::PieceType::kControl) << text;
+          ASSERT_NE(model->Type(id), SpmModel::PieceType::kUserDefined) << text;
+        }
+      }
     }
   }
 }

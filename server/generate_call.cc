@@ -12,6 +12,7 @@ namespace minitron::server {
 GenerateCall::GenerateCall(ServerContext* server, grpc::CallbackServerContext* context)
     : server_(server), scope_(server, context, "GenerateStream") {
   server_->metrics->StreamOpened();
+  server_->open_calls.Enter();
 }
 
 GenerateCall* GenerateCall::Start(ServerContext* server, grpc::CallbackServerContext* context,
@@ -98,8 +99,7 @@ void GenerateCall::OnComplete() {
 
 void GenerateCall::OnFailed(const grpc::Status& status) {
   std::lock_guard<std::mutex> lock(mutex_);
-  queue_.clear();  // an answer that is known to be incomplete: the client learns so at once
-  end_ = status;
+  end_ = status;  // after what is queued: tokens that were computed are counted in the status and reach the client
   Advance();
 }
 
@@ -167,6 +167,7 @@ bool GenerateCall::CutOffIfStalled(scheduler::TimePoint limit) {
 void GenerateCall::OnDone() {
   const std::shared_ptr<GenerateCall> self = std::move(self_);
   server_->metrics->StreamClosed();
+  server_->open_calls.Leave();
   std::lock_guard<std::mutex> lock(mutex_);
   gone_ = true;
 }

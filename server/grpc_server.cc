@@ -4,8 +4,11 @@
 #include <grpcpp/ext/channelz_service_plugin.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/impl/server_builder_option.h>
+#include <grpcpp/impl/server_builder_plugin.h>
 
-#include <mutex>
+#include <algorithm>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -17,6 +20,8 @@ namespace {
 
 constexpr const char* kReadyServices[] = {"", "minitron.v1.GenerationService", "minitron.v1.ModelService"};
 constexpr char kLiveness[] = "liveness";
+// A call that arrives while the server ends gets this long to take its refusal.
+constexpr std::chrono::milliseconds kLateCallGrace{200};
 constexpr int kMaxMetadataBytes = 16 * 1024;
 
 // Dead peers are found within 80 s, and clients may ping through a long silent prefill.
@@ -39,17 +44,30 @@ void SetLimits(grpc::ServerBuilder& builder, const GrpcServerOptions& options) {
   builder.SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
 }
 
-// The plugins register themselves for all builders of the process, and there is no way to take it back.
-void AddPlugins(const GrpcServerOptions& options) {
-  static std::once_flag reflection_once;
-  static std::once_flag channelz_once;
+// Plugins register themselves for every builder of the process, reflection as soon as its library is linked. What this
+// server does not want is taken out of its own builder.
+class OnlyWantedPlugins final : public grpc::ServerBuilderOption {
+ public:
+  explicit OnlyWantedPlugins(const GrpcServerOptions& options)
+      : reflection_(options.reflection), channelz_(options.channelz) {}
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    std::erase_if(*plugins, [this](const auto& plugin) {
+      return (!reflection_ && plugin->name() == "proto_server_reflection") ||
+             (!channelz_ && plugin->name() == "channelz_service");
+    });
+  }
+
+ private:
+  const bool reflection_;
+  const bool channelz_;
+};
+
+// Before the builder is made: it takes the plugins that are there then.
+void RegisterPlugins(const GrpcServerOptions& options) {
   grpc::EnableDefaultHealthCheckService(true);
-  if (options.reflection) {
-    std::call_once(reflection_once, [] { grpc::reflection::InitProtoReflectionServerBuilderPlugin(); });
-  }
-  if (options.channelz) {
-    std::call_once(channelz_once, [] { grpc::channelz::experimental::InitChannelzService(); });
-  }
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();  // or the linker leaves the library out
+  if (options.channelz) grpc::channelz::experimental::InitChannelzService();
 }
 
 bool IsHealth(const std::string& path) { return absl::StartsWith(path, "/grpc.health.v1.Health/"); }
@@ -105,9 +123,10 @@ absl::Status GrpcServer::OpenPort(const std::string& host, int port,
 
 absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const GrpcServerOptions& options,
                                                               ServerContext* context) {
-  AddPlugins(options);
+  RegisterPlugins(options);
   std::unique_ptr<GrpcServer> server(new GrpcServer(context));
   grpc::ServerBuilder builder;
+  builder.SetOption(std::make_unique<OnlyWantedPlugins>(options));
   SetKeepalive(builder);
   SetLimits(builder, options);
   std::vector<Listener::Endpoint> endpoints;
@@ -145,7 +164,8 @@ void GrpcServer::SetAlive(bool alive) { server_->GetHealthCheckService()->SetSer
 
 void GrpcServer::Shutdown(std::chrono::milliseconds grace) {
   listener_.reset();
-  server_->Shutdown(std::chrono::system_clock::now() + grace);
+  context_->open_calls.WaitForNone(grace);
+  server_->Shutdown(std::chrono::system_clock::now() + std::min(grace, kLateCallGrace));
   server_->Wait();
 }
 

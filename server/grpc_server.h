@@ -45,8 +45,8 @@ class GrpcServer {
   // The health service "liveness": false once only a restart can help.
   void SetAlive(bool alive);
 
-  // Accepts no connection any more, ends open calls with CANCELLED after `grace` and returns when all are gone. No call
-  // may start afterwards.
+  // Accepts no connection any more and waits until no generating call is open, but at most `grace`; then ends all that
+  // is left (a health watch lasts as long as the server) and returns when it is gone. No call may start afterwards.
   void Shutdown(std::chrono::milliseconds grace);
 
   std::shared_ptr<grpc::Channel> InProcessChannel() { return server_->InProcessChannel(grpc::ChannelArguments()); }

@@ -120,8 +120,10 @@ int Run(const ServerOptions& options) {
   }
   auto security = OpenSecurity(options);
   if (!security.ok()) return Fail(kExitUsage, security.status());
-  auto metrics_server = MetricsServer::Start(options.host, options.metrics_port);
-  if (!metrics_server.ok()) return Fail(kExitPort, metrics_server.status());
+  auto started = MetricsServer::Start(options.host, options.metrics_port);
+  if (!started.ok()) return Fail(kExitPort, started.status());
+  // Never deleted: its HTTP library takes up to 2 s to notice that it shall stop. It answers to the end of the process.
+  MetricsServer* const metrics_server = started->release();
 
   // The model.
   auto runner = engine::CreateModelRunner(MakeEngineOptions(options));
@@ -143,10 +145,10 @@ int Run(const ServerOptions& options) {
   auto serving = Serving::Start(options, model, &lifecycle, *std::move(security));
   if (!serving.ok()) return Fail(kExitPort, serving.status());
   (*serving)->metrics().SetModelLoadSeconds(SecondsSince(start));
-  (*metrics_server)->Publish((*serving)->metrics());
+  metrics_server->Publish((*serving)->metrics());
   const auto vllm_metrics = std::make_shared<VllmMetrics>((*serving)->metrics().registry());
-  if (options.metrics_compat == "vllm") (*metrics_server)->Publish(vllm_metrics);
-  const int metrics_port = (*metrics_server)->port();
+  if (options.metrics_compat == "vllm") metrics_server->Publish(vllm_metrics);
+  const int metrics_port = metrics_server->port();
   const absl::Status announced =
       WritePortFile(options.port_file,
                     {{"grpc", (*serving)->port()}, {"metrics", metrics_port}, {"health", (*serving)->health_port()}});

@@ -83,8 +83,12 @@ void OutputProcessor::Run() {
   TimePoint next_check = scheduler::Clock::now() + tick;
   std::unique_lock<std::mutex> lock(outbox_mutex_);
   while (true) {
-    outbox_changed_.wait_until(lock, next_check, [this] { return !outbox_.empty() || stopping_; });
-    if (!outbox_.empty()) {
+    outbox_changed_.wait_until(lock, next_check, [this] { return !outbox_.empty() || !end_status_.ok() || stopping_; });
+    if (!end_status_.ok()) {
+      const absl::Status status = std::exchange(end_status_, absl::OkStatus());
+      lock.unlock();
+      FailLiveCalls(status);
+    } else if (!outbox_.empty()) {
       StepOutput output = std::move(outbox_.front());
       outbox_.pop_front();
       lock.unlock();
@@ -101,6 +105,12 @@ void OutputProcessor::Run() {
     }
     lock.lock();
   }
+}
+
+void OutputProcessor::EndLiveCalls(absl::Status status) {
+  std::lock_guard<std::mutex> lock(outbox_mutex_);
+  end_status_ = std::move(status);
+  outbox_changed_.notify_all();
 }
 
 absl::Status OutputProcessor::Register(RequestId id, CallSpec spec, std::shared_ptr<CallSink> sink) {
@@ -367,6 +377,18 @@ void OutputProcessor::FailAll() {
   }
   metrics_->RecordStep(scheduler::StepStats{}, lost);
   on_engine_failure_();
+}
+
+// The calls stay registered until the engine's last events of them, as after any other failure.
+void OutputProcessor::FailLiveCalls(const absl::Status& status) {
+  std::unordered_map<RequestId, CallPtr> live;
+  {
+    std::lock_guard<std::mutex> lock(registry_mutex_);
+    live = live_;
+  }
+  for (const auto& [id, call] : live) {
+    if (!call->failed) FailCall(*call, status, CallOutcome::kCancelled);
+  }
 }
 
 void OutputProcessor::CutOffStalledCalls() {

@@ -1,8 +1,9 @@
 // OutputProcessor: the output thread. Turns the engine's steps into text, events of calls, and metrics.
 //
 // The engine hands steps over through a bounded outbox; when it is full the engine waits (and the wait is a metric).
-// Register, Unregister and CancelByName may be called from any thread; everything about the content of a call belongs
-// to the output thread alone. A call is registered before its request is submitted, so no event can miss it.
+// Register, Unregister, CancelByName and EndLiveCalls may be called from any thread; everything about the content of a
+// call belongs to the output thread alone. A call is registered before its request is submitted, so no event can miss
+// it.
 #pragma once
 
 #include <atomic>
@@ -58,6 +59,10 @@ class OutputProcessor : public scheduler::StepSink {
   // Aborts the live request of this name; returns whether there is one.
   bool CancelByName(const std::string& request_id);
 
+  // Ends every live call with `status` and aborts it in the engine; done by the output thread, before the steps that
+  // wait in the outbox. Any thread.
+  void EndLiveCalls(absl::Status status);
+
   // scheduler::StepSink; engine thread. Waits while the outbox is full.
   void OnStep(scheduler::StepOutput output) override;
 
@@ -85,6 +90,7 @@ class OutputProcessor : public scheduler::StepSink {
   void FailCall(LiveCall& call, const absl::Status& status, CallOutcome outcome);
   void CloseCall(const CallPtr& call);
   void FailAll();
+  void FailLiveCalls(const absl::Status& status);
   void ObserveSequence(const scheduler::FinishEvent& event, const SequenceState& sequence);
 
   const OutputProcessorOptions options_;
@@ -104,6 +110,7 @@ class OutputProcessor : public scheduler::StepSink {
   std::mutex outbox_mutex_;
   std::condition_variable outbox_changed_;
   std::deque<scheduler::StepOutput> outbox_;
+  absl::Status end_status_;  // not OK: EndLiveCalls was asked for
   bool stopping_ = false;
   std::thread thread_;
 

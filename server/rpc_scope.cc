@@ -48,6 +48,21 @@ RequestNames::RequestNames() {
 uint64_t RequestNames::FreshSeed() { return Mix(base_ + num_drawn_.fetch_add(1)); }
 std::string RequestNames::FreshName() { return absl::StrCat("req-", absl::Hex(FreshSeed(), absl::kZeroPad16)); }
 
+void OpenCalls::Enter() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++num_open_;
+}
+
+void OpenCalls::Leave() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (--num_open_ == 0) none_.notify_all();
+}
+
+void OpenCalls::WaitForNone(std::chrono::milliseconds timeout) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  none_.wait_for(lock, timeout, [this] { return num_open_ == 0; });
+}
+
 bool IsTraceparent(const std::string& text) {
   constexpr size_t kBytes = 55;
   if (text.size() != kBytes || text.compare(0, 3, "00-") != 0 || text[35] != '-' || text[52] != '-') return false;

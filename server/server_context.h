@@ -2,7 +2,10 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <functional>
+#include <mutex>
 #include <string>
 
 #include "absl/status/status.h"
@@ -29,6 +32,20 @@ class RequestNames {
   uint64_t base_;
   std::atomic<uint64_t> next_id_{1};
   std::atomic<uint64_t> num_drawn_{0};
+};
+
+// The calls that may still send something. Any thread.
+class OpenCalls {
+ public:
+  void Enter();
+  void Leave();
+  // Waits until there is none, or `timeout` has passed.
+  void WaitForNone(std::chrono::milliseconds timeout);
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable none_;
+  int num_open_ = 0;
 };
 
 // Limits of the running engine, for AdminService.
@@ -60,6 +77,7 @@ struct ServerContext {
   scheduler::Duration max_request_timeout = std::chrono::minutes(10);
   scheduler::TimePoint ready_since;
   RequestNames names;
+  OpenCalls open_calls;
 };
 
 }  // namespace minitron::server

@@ -6,6 +6,7 @@
 #include "absl/strings/str_format.h"
 #include "engine/base/log.h"
 #include "engine/base/status_macros.h"
+#include "server/grpc_status.h"
 #include "server/memory_usage.h"
 
 namespace minitron::server {
@@ -14,11 +15,10 @@ namespace {
 using scheduler::Clock;
 using scheduler::Duration;
 
-// How long the last messages may be on their way to clients that read, and how long calls that will be cancelled or
-// were failed get to take their status.
+// How long the last messages may be on their way to clients that read, and how long calls that were failed get to take
+// their status.
 constexpr std::chrono::milliseconds kDrainedGrace{5000};
 constexpr std::chrono::milliseconds kFailedGrace{1000};
-constexpr std::chrono::milliseconds kTimedOutGrace{100};
 
 Duration ToDuration(double seconds) {
   return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
@@ -223,7 +223,11 @@ void Serving::Drain() {
   context_.draining.store(true);
   core_.BeginDrain();
   const bool idle = core_.WaitIdle(Clock::now() + ToDuration(options_.drain_timeout_s));
-  Stop(!idle ? kTimedOutGrace : lifecycle_->engine_failed() ? kFailedGrace : kDrainedGrace);
+  if (!idle) {
+    output_.EndLiveCalls(ReasonError(absl::StatusCode::kUnavailable, reason::kDraining,
+                                     "the server shuts down and could not wait for this request any longer"));
+  }
+  Stop(!idle || lifecycle_->engine_failed() ? kFailedGrace : kDrainedGrace);
   base::LogInfo(absl::StrFormat("drained complete=%s seconds=%.2f", idle ? "true" : "false",
                                 std::chrono::duration<double>(Clock::now() - start).count()));
 }

@@ -9,6 +9,7 @@ namespace minitron::server {
 UnaryEngineCall::UnaryEngineCall(ServerContext* server, grpc::CallbackServerContext* context, const char* method)
     : server_(server), scope_(server, context, method) {
   server_->metrics->StreamOpened();
+  server_->open_calls.Enter();
 }
 
 void UnaryEngineCall::Run(const std::function<absl::StatusOr<BuiltRequest>(const CallContext&)>& build,
@@ -54,6 +55,7 @@ void UnaryEngineCall::OnCancel() {
 void UnaryEngineCall::OnDone() {
   const std::shared_ptr<UnaryEngineCall> self = std::move(self_);
   server_->metrics->StreamClosed();
+  server_->open_calls.Leave();
 }
 
 GenerateUnaryCall::GenerateUnaryCall(ServerContext* server, grpc::CallbackServerContext* context,

@@ -14,13 +14,12 @@
 
 namespace minitron::integration {
 
-ServerProcess::ServerProcess(const std::vector<std::string>& extra) {
+ServerProcess::ServerProcess(const std::vector<std::string>& extra, const std::string& binary) {
   std::string folder = (std::filesystem::temp_directory_path() / "minitron_test_XXXXXX").string();
   CHECK(mkdtemp(folder.data()) != nullptr);
   folder_ = folder;
   std::vector<std::string> arguments = {
-      MINITRON_SERVER_BINARY, "--host=127.0.0.1", "--port=0",
-      "--metrics-port=0",     "--threads=1",      "--port-file=" + folder_ + "/ports"};
+      binary, "--host=127.0.0.1", "--port=0", "--metrics-port=0", "--threads=1", "--port-file=" + folder_ + "/ports"};
   arguments.insert(arguments.end(), extra.begin(), extra.end());
   std::vector<char*> argv;
   for (std::string& argument : arguments) argv.push_back(argument.data());

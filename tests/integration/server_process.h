@@ -10,8 +10,8 @@ namespace minitron::integration {
 
 class ServerProcess {
  public:
-  // Starts the binary with free ports, the shipped model and `extra` flags.
-  explicit ServerProcess(const std::vector<std::string>& extra);
+  // Starts `binary` with free ports, the shipped model and `extra` flags.
+  explicit ServerProcess(const std::vector<std::string>& extra, const std::string& binary = MINITRON_SERVER_BINARY);
   ~ServerProcess();  // kills it if it still runs
 
   ServerProcess(const ServerProcess&) = delete;

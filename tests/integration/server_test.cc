@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 
 #include "tests/integration/server_process.h"
 
@@ -88,6 +89,23 @@ TEST(ServerTest, ALiveStreamEndsCompleteDuringADrain) {
   EXPECT_EQ(server.Wait(), 0) << server.StandardError();
 }
 
+TEST(ServerTest, ALostDeviceIsATypedErrorAndExitCode5) {
+  ServerProcess server({}, MINITRON_FAILING_SERVER_BINARY);
+  ASSERT_TRUE(server.WaitUntilReady()) << server.StandardError();
+  const auto stub = Connect(server);
+  grpc::ClientContext context;
+  auto reader = stub->GenerateStream(&context, Request(300));
+  v1::GenerateStreamResponse response;
+  int num_tokens = 0;
+  while (reader->Read(&response)) num_tokens += response.delta().token_ids_size();
+  const grpc::Status status = reader->Finish();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INTERNAL);
+  EXPECT_EQ(status.error_message(), "the engine has failed; this server will restart");
+  EXPECT_GT(num_tokens, 10) << "what was computed before arrives";
+  EXPECT_EQ(server.Wait(), 5);
+  EXPECT_THAT(server.StandardError(), HasSubstr("engine failed error=\"INTERNAL: fake: device lost\""));
+}
+
 TEST(ServerTest, SecondSignalEndsAtOnce) {
   ServerProcess server({"--drain-delay=3600"});
   ASSERT_TRUE(server.WaitUntilReady()) << server.StandardError();
@@ -113,6 +131,26 @@ TEST(ServerTest, MissingModelIsExitCode3) {
   ServerProcess server({"--model=/nonexistent/model"});
   EXPECT_EQ(server.Wait(), 3);
   EXPECT_EQ(LineCount(server.StandardError()), 1) << server.StandardError();
+}
+
+TEST(ServerTest, ABrokenModelFileIsOneLineThatNamesItAndExitCode3) {
+  namespace fs = std::filesystem;
+  const fs::path shipped = MINITRON_SOURCE_DIR "/deploy/models/minitron-tiny";
+  for (const std::string broken : {"config.json", "tokenizer.model", "model.safetensors"}) {
+    const fs::path folder = fs::path(::testing::TempDir()) / ("broken_" + broken);
+    fs::remove_all(folder);
+    fs::create_directories(folder);
+    for (const auto& entry : fs::directory_iterator(shipped)) fs::copy(entry.path(), folder);
+    fs::resize_file(folder / broken, fs::file_size(folder / broken) / 2);
+    ServerProcess server({"--model=" + folder.string()});
+    EXPECT_EQ(server.Wait(), 3) << broken;
+    const std::string& error = server.StandardError();
+    const size_t last_line = error.rfind("minitron-server: ");
+    ASSERT_NE(last_line, std::string::npos) << error;
+    EXPECT_EQ(LineCount(error.substr(last_line)), 1) << error;
+    EXPECT_THAT(error.substr(last_line), HasSubstr(broken));
+    fs::remove_all(folder);
+  }
 }
 
 TEST(ServerTest, UnwritablePortFileIsOneLineAndExitCode2) {

@@ -1,29 +1,15 @@
 // Every RPC over a real channel on port 0, against a scripted engine.
 #include <gmock/gmock.h>
-#include <google/rpc/error_details.pb.h>
-#include <google/rpc/status.pb.h>
-#include <grpcpp/support/error_details.h>
 #include <gtest/gtest.h>
-
-#include <future>
 
 #include "server/grpc_status.h"
 #include "tests/server/server_harness.h"
+#include "tests/server/wire.h"
 
 namespace minitron::server {
 namespace {
 
 using ::testing::HasSubstr;
-
-google::rpc::ErrorInfo InfoOf(const grpc::Status& status) {
-  google::rpc::Status wire;
-  grpc::ExtractErrorDetails(status, &wire);
-  google::rpc::ErrorInfo info;
-  for (const auto& detail : wire.details()) {
-    if (detail.Is<google::rpc::ErrorInfo>()) detail.UnpackTo(&info);
-  }
-  return info;
-}
 
 v1::GenerationTask Task(int max_tokens) {
   v1::GenerationTask task;
@@ -32,51 +18,12 @@ v1::GenerationTask Task(int max_tokens) {
   return task;
 }
 
-struct StreamResult {
-  std::vector<v1::GenerateStreamResponse> events;
-  grpc::Status status;
-  std::string request_id_trailer;
-  std::string pushback_trailer;
-  bool had_initial_metadata = false;
-
-  std::string Text(uint32_t index = 0) const {
-    std::string text;
-    for (const auto& event : events) {
-      if (event.has_delta() && event.delta().index() == index) text += event.delta().text();
-    }
-    return text;
-  }
-  const v1::Finished* FinishedOf(uint32_t index = 0) const {
-    for (const auto& event : events) {
-      if (event.has_finished() && event.finished().index() == index) return &event.finished();
-    }
-    return nullptr;
-  }
-};
-
 class GenerationServiceTest : public ::testing::Test {
  protected:
-  StreamResult Stream(const v1::GenerationTask& task, std::shared_ptr<grpc::ClientContext> context = nullptr) {
-    if (context == nullptr) context = std::make_shared<grpc::ClientContext>();
-    v1::GenerateStreamRequest request;
-    *request.mutable_task() = task;
-    StreamResult result;
-    auto reader = harness_.generation->GenerateStream(context.get(), request);
-    v1::GenerateStreamResponse response;
-    while (reader->Read(&response)) result.events.push_back(response);
-    result.status = reader->Finish();
-    const auto& trailers = context->GetServerTrailingMetadata();
-    if (const auto it = trailers.find("x-request-id"); it != trailers.end()) {
-      result.request_id_trailer.assign(it->second.data(), it->second.size());
-    }
-    if (const auto it = trailers.find(kRetryPushbackTrailer); it != trailers.end()) {
-      result.pushback_trailer.assign(it->second.data(), it->second.size());
-    }
-    return result;
-  }
+  StreamResult Stream(const v1::GenerationTask& task) { return ReadStream(*harness_.generation, task); }
   std::future<StreamResult> StreamInBackground(const v1::GenerationTask& task,
                                                std::shared_ptr<grpc::ClientContext> context = nullptr) {
-    return std::async(std::launch::async, [=, this] { return Stream(task, context); });
+    return ReadStreamInBackground(*harness_.generation, task, std::move(context));
   }
 
   ServerHarness harness_;

@@ -107,6 +107,7 @@ StreamInferCall::StreamInferCall(ServerContext* server, grpc::CallbackServerCont
   const auto found = context->client_metadata().find("triton_grpc_error");
   errors_end_the_stream_ = found != context->client_metadata().end() && found->second == "true";
   server_->metrics->StreamOpened();
+  server_->open_calls.Enter();
 }
 
 StreamInferCall* StreamInferCall::Start(ServerContext* server, grpc::CallbackServerContext* context) {
@@ -276,6 +277,7 @@ bool StreamInferCall::CutOffIfStalled(scheduler::TimePoint limit) {
 void StreamInferCall::OnDone() {
   const std::shared_ptr<StreamInferCall> self = std::move(self_);
   server_->metrics->StreamClosed();
+  server_->open_calls.Leave();
   std::lock_guard<std::mutex> lock(mutex_);
   gone_ = true;
   open_.clear();  // they keep this object alive while the engine still knows them

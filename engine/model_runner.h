@@ -18,8 +18,9 @@ enum class Quantization { kOff, kInt8, kInt4 };
 struct EngineOptions {
   std::string model_dir;  // Hugging Face style folder: config.json and weights
   Backend backend = Backend::kAuto;
-  int num_threads = 0;         // CPU backend; 0 means one per core
+  int num_threads = 0;                             // CPU backend; 0 means one per core
   Quantization quantization = Quantization::kOff;  // CPU backend
+  std::string cache_dir;       // CPU backend: folder of packed weights; empty: beside the model when they are large
   int block_size = 16;         // tokens per KV block, a power of two in [8, 256]
   int64_t kv_cache_bytes = 0;  // 0: sized from free memory, at most what max_num_sequences full contexts need
   int max_num_sequences = 64;  // sequences per batch

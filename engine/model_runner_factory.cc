@@ -111,14 +111,20 @@ absl::Status CheckBackend(Backend backend) {
 // What the runner's weights point into.
 struct LoadedWeights {
   std::shared_ptr<const Checkpoint> checkpoint;
-  cpu::PackedWeights packed;
+  std::unique_ptr<const cpu::PackedWeights> packed;
 };
 
-std::shared_ptr<const LoadedWeights> Load(std::shared_ptr<const Checkpoint> checkpoint, const NemotronWeights& source,
-                                          const EngineOptions& options, int num_threads) {
+absl::StatusOr<std::shared_ptr<const LoadedWeights>> Load(std::shared_ptr<const Checkpoint> checkpoint,
+                                                          const NemotronWeights& source, const EngineOptions& options,
+                                                          int num_threads) {
   cpu::ThreadPool pool(num_threads);
-  return std::make_shared<const LoadedWeights>(
-      LoadedWeights{std::move(checkpoint), {source, options.quantization, pool, options.show_progress}});
+  const cpu::PackOptions pack_options{.quantization = options.quantization,
+                                      .cache_dir = options.cache_dir,
+                                      .model_dir = options.model_dir,
+                                      .show_progress = options.show_progress};
+  if (cpu::PackPlan(source, options.quantization).matrices.empty()) checkpoint->Prefault(options.show_progress);
+  ASSIGN_OR_RETURN(auto packed, cpu::PackedWeights::Load(source, *checkpoint, pack_options, pool));
+  return std::make_shared<const LoadedWeights>(LoadedWeights{std::move(checkpoint), std::move(packed)});
 }
 
 }  // namespace
@@ -129,13 +135,13 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
   ASSIGN_OR_RETURN(const NemotronConfig config, LoadNemotronConfig(options.model_dir));
   RETURN_IF_ERROR(CheckRange("max_context_tokens", options.max_context_tokens, 0, config.max_position_embeddings));
   const int max_context = options.max_context_tokens > 0 ? options.max_context_tokens : config.max_position_embeddings;
-  ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> opened, Checkpoint::Open(options.model_dir, options.show_progress));
+  ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> opened, Checkpoint::Open(options.model_dir));
   const std::shared_ptr<const Checkpoint> checkpoint = std::move(opened);
   ASSIGN_OR_RETURN(const NemotronWeights source, MapNemotronWeights(*checkpoint, config));
   ASSIGN_OR_RETURN(const int num_blocks, SizeKvCache(options, max_context, cpu::KvBytesPerToken(config)));
   const int num_threads = options.num_threads > 0 ? options.num_threads : cpu::NumUsableCores();
-  const std::shared_ptr<const LoadedWeights> loaded = Load(checkpoint, source, options, num_threads);
-  const NemotronWeights& weights = loaded->packed.weights();
+  ASSIGN_OR_RETURN(const std::shared_ptr<const LoadedWeights> loaded, Load(checkpoint, source, options, num_threads));
+  const NemotronWeights& weights = loaded->packed->weights();
   base::LogInfo(absl::StrCat("engine backend=cpu threads=", num_threads, " parameters=", weights.num_parameters,
                              " weights=", DTypeName(weights.matrix_dtype), " context=", max_context,
                              " kv_blocks=", num_blocks, " kv_block_tokens=", options.block_size));

@@ -52,6 +52,7 @@ const std::vector<Flag>& Flags() {
       Text("port-file", &O::port_file, "file to write both ports to when ready"),
       Text("backend", &O::backend, "auto, cpu or cuda"),
       Text("quantize", &O::quantize, "weights on the CPU: none (as loaded), int8 or int4"),
+      Text("cache-dir", &O::cache_dir, "folder of packed weights; default: the model's, if they are 256 MiB or more"),
       Int("threads", &O::threads, 0, 1024, "CPU threads; 0 means one per core"),
       Int("kv-cache-mib", &O::kv_cache_mib, 0, 1 << 20, "KV-cache size in MiB; 0 sizes it from free memory"),
       Int("block-size", &O::block_size, 8, 256, "tokens per KV block, a power of two"),

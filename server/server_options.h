@@ -28,6 +28,7 @@ struct ServerOptions {
   std::string port_file;          // written when ready
   std::string backend = "auto";
   std::string quantize = "none";
+  std::string cache_dir;
   int threads = 0;
   int kv_cache_mib = 0;
   int block_size = 16;

@@ -1,5 +1,8 @@
 #include "engine/checkpoint/checkpoint.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstring>
 #include <set>
 #include <utility>
@@ -7,6 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "engine/base/status_macros.h"
+#include "engine/checkpoint/hash.h"
 #include "engine/checkpoint/json.h"
 #include "engine/checkpoint/mapped_file.h"
 #include "engine/checkpoint/safetensors.h"
@@ -39,9 +43,33 @@ class FileCheckpoint : public Checkpoint {
     return absl::OkStatus();
   }
 
-  const std::vector<std::unique_ptr<MappedFile>>& files() const { return files_; }
+  void Prefault(bool show_progress) const override { engine::Prefault(files_, show_progress); }
+
+  uint64_t identity() const override {
+    uint64_t identity = 0;
+    for (const auto& file : files_) {
+      const uint64_t next = file->identity();
+      identity = HashBytes(&next, sizeof(next), identity);
+    }
+    return identity;
+  }
+
+  void WillNeed(const void* data, int64_t num_bytes) const override { Advise(data, num_bytes, MADV_WILLNEED); }
+  void DoneWith(const void* data, int64_t num_bytes) const override { Advise(data, num_bytes, MADV_DONTNEED); }
 
  private:
+  // Only inside a mapped file: there pages are private, never written, and come back as they were.
+  void Advise(const void* data, int64_t num_bytes, int advice) const {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto address = reinterpret_cast<uintptr_t>(data);
+    for (const auto& file : files_) {
+      const auto first = reinterpret_cast<uintptr_t>(file->data());
+      if (address < first || address + num_bytes > first + file->size()) continue;
+      const uintptr_t begin = (address + page - 1) / page * page, end = (address + num_bytes) / page * page;
+      if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+    }
+  }
+
   // The copy is as long as a range of the file, so a header cannot ask for more than the file holds.
   const void* CopyAligned(const TensorEntry& entry) {
     std::vector<uint64_t>& words = copies_.emplace_back((entry.num_bytes + 7) / 8 + 1);
@@ -133,7 +161,7 @@ absl::Status OpenSingle(const ModelDir& dir, const std::string& name, Parser par
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& model_dir, bool show_progress) {
+absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& model_dir) {
   ASSIGN_OR_RETURN(const ModelDir dir, ModelDir::Open(model_dir));
   auto checkpoint = std::make_unique<FileCheckpoint>();
   absl::Status status = OpenSingle(dir, kSafetensorsFile, ParseSafetensors, *checkpoint);
@@ -144,7 +172,6 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
         absl::StrCat(model_dir, ": none of ", kSafetensorsFile, ", ", kIndexFile, ", ", kTorchFile, " is there"));
   }
   RETURN_IF_ERROR(status);
-  Prefault(checkpoint->files(), show_progress);
   return checkpoint;
 }
 

@@ -17,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/base/check.h"
 #include "engine/base/status_macros.h"
+#include "engine/checkpoint/hash.h"
 
 namespace minitron::engine {
 namespace {
@@ -72,10 +73,18 @@ absl::StatusOr<std::unique_ptr<MappedFile>> MappedFile::Map(const ScopedFd& fd, 
   struct stat info {};
   if (fstat(fd.get(), &info) != 0) return OpenError(path, errno);
   const int64_t size = info.st_size;
-  if (size == 0) return std::unique_ptr<MappedFile>(new MappedFile(nullptr, 0, path));
+  const int64_t stamp[] = {static_cast<int64_t>(info.st_dev),
+                           static_cast<int64_t>(info.st_ino),
+                           size,
+                           info.st_mtim.tv_sec,
+                           info.st_mtim.tv_nsec,
+                           info.st_ctim.tv_sec,
+                           info.st_ctim.tv_nsec};
+  const uint64_t identity = HashBytes(stamp, sizeof(stamp), 0);
+  if (size == 0) return std::unique_ptr<MappedFile>(new MappedFile(nullptr, 0, identity, path));
   void* data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd.get(), 0);
   if (data == MAP_FAILED) return absl::InvalidArgumentError(absl::StrCat(path, ": mmap: ", std::strerror(errno)));
-  return std::unique_ptr<MappedFile>(new MappedFile(static_cast<const uint8_t*>(data), size, path));
+  return std::unique_ptr<MappedFile>(new MappedFile(static_cast<const uint8_t*>(data), size, identity, path));
 }
 
 MappedFile::~MappedFile() {

@@ -33,15 +33,20 @@ class MappedFile {
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
 
+  // Device, inode, size and times of modification and change, hashed: the same as long as nobody has written to the
+  // file or put another in its place.
+  uint64_t identity() const { return identity_; }
   const uint8_t* data() const { return data_; }
   int64_t size() const { return size_; }
   const std::string& path() const { return path_; }
 
  private:
-  MappedFile(const uint8_t* data, int64_t size, const std::string& path) : data_(data), size_(size), path_(path) {}
+  MappedFile(const uint8_t* data, int64_t size, uint64_t identity, const std::string& path)
+      : data_(data), size_(size), identity_(identity), path_(path) {}
 
   const uint8_t* const data_;  // null when size_ is 0
   const int64_t size_;
+  const uint64_t identity_;
   const std::string path_;
 };
 

@@ -50,72 +50,99 @@ void PackBf16Panel(const WeightView& source, int64_t panel, uint8_t* destination
   }
 }
 
+// Four floats, on any target the compiler has vectors for: one order of sums everywhere, so that a cache file made on
+// one machine is the one another would make.
+constexpr int kWidth = 4;
+using Vector = float __attribute__((vector_size(kWidth * sizeof(float))));
+
+template <int64_t kGroup>
+using Group = std::array<Vector, kGroup / kWidth>;
+
 // Round to nearest even of |x| < 2^22, without a call.
-inline float RoundSmall(float x) {
+inline Vector RoundSmall(Vector x) {
   constexpr float kShift = 0x1.8p23f;
   return (x + kShift) - kShift;
 }
 
+inline Vector Clamp(Vector x, float low, float high) {
+  const Vector lows = Vector{} + low, highs = Vector{} + high;
+  x = x < lows ? lows : x;
+  return x > highs ? highs : x;
+}
+
+inline float Sum(Vector v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
 // A group that is not finite gets a NaN scale: its outputs say so instead of being quietly wrong.
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-bool AllFinite(const float* w, int64_t count) {
-  float zero = 0.0f;
-  for (int64_t i = 0; i < count; ++i) zero += w[i] * 0.0f;
-  return zero == 0.0f;
+// The value of largest magnitude, with its sign (the positive one of a tie); NaN if a value is not finite.
+template <size_t kVectors>
+float LargestWithSign(const std::array<Vector, kVectors>& w) {
+  Vector low{}, high{}, zeros{};
+  for (const Vector& v : w) {
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+    zeros += v * 0.0f;
+  }
+  if (Sum(zeros) != 0.0f) return kNan;
+  float lowest = 0.0f, highest = 0.0f;
+  for (int i = 0; i < kWidth; ++i) {
+    lowest = std::min(lowest, low[i]);
+    highest = std::max(highest, high[i]);
+  }
+  return highest >= -lowest ? highest : lowest;
 }
 
 // Quantises one group; q gets values in [-127, 127]. Returns the scale, a bf16 value.
-float QuantizeInt8Group(const float* w, float* q) {
-  float largest = 0.0f;
-  for (int64_t i = 0; i < kInt8Group; ++i) largest = std::max(largest, std::abs(w[i]));
-  const float scale = AllFinite(w, kInt8Group) ? Bf16ToFloat(FloatToBf16(largest / 127.0f)) : kNan;
-  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  const bool usable = std::isfinite(inverse);  // not for a group of subnormals
-  for (int64_t i = 0; i < kInt8Group; ++i) {
-    q[i] = usable ? RoundSmall(std::min(127.0f, std::max(-127.0f, w[i] * inverse))) : 0.0f;
-  }
-  return usable ? scale : 0.0f;
+float QuantizeInt8Group(const Group<kInt8Group>& w, Group<kInt8Group>& q) {
+  q.fill(Vector{});
+  const float largest = LargestWithSign(w);
+  if (std::isnan(largest)) return kNan;
+  const float scale = Bf16ToFloat(FloatToBf16(std::abs(largest) / 127.0f));
+  const float inverse = 1.0f / scale;
+  if (scale == 0.0f || !std::isfinite(inverse)) return 0.0f;  // nothing, or nothing but subnormals
+  for (size_t i = 0; i < w.size(); ++i) q[i] = RoundSmall(Clamp(w[i] * inverse, -127.0f, 127.0f));
+  return scale;
 }
 
 // q in [-8, 7] for a scale; returns the squared error.
-float RoundInt4Group(const float* w, float scale, float* q) {
+float RoundInt4Group(const Group<kInt4Group>& w, float scale, Group<kInt4Group>& q) {
   const float inverse = 1.0f / scale;
-  float error = 0.0f;
-  for (int64_t i = 0; i < kInt4Group; ++i) {
-    q[i] = RoundSmall(std::min(7.0f, std::max(-8.0f, w[i] * inverse)));
-    const float difference = w[i] - scale * q[i];
+  Vector error{};
+  for (size_t i = 0; i < w.size(); ++i) {
+    q[i] = RoundSmall(Clamp(w[i] * inverse, -8.0f, 7.0f));
+    const Vector difference = w[i] - scale * q[i];
     error += difference * difference;
   }
-  return error;
+  return Sum(error);
 }
 
-// As QuantizeInt8Group, q in [-8, 7].
-float QuantizeInt4Group(const float* w, float* q) {
-  float largest = 0.0f;  // with its sign
-  for (int64_t i = 0; i < kInt4Group; ++i) largest = std::abs(w[i]) > std::abs(largest) ? w[i] : largest;
-  std::fill_n(q, kInt4Group, 0.0f);
-  if (!AllFinite(w, kInt4Group)) return kNan;
+// As QuantizeInt8Group, q in [-8, 7], and the scale may be negative.
+float QuantizeInt4Group(const Group<kInt4Group>& w, Group<kInt4Group>& q) {
+  q.fill(Vector{});
+  const float largest = LargestWithSign(w);
+  if (std::isnan(largest)) return kNan;
   if (!std::isnormal(largest / 16.0f) || !std::isfinite(16.0f / largest)) return 0.0f;
   float best_scale = 0.0f;
   float best_error = std::numeric_limits<float>::infinity();
-  std::array<float, kInt4Group> trial{};
+  Group<kInt4Group> trial;
   const auto consider = [&](float scale) {
     scale = Bf16ToFloat(FloatToBf16(scale));
-    const float error = RoundInt4Group(w, scale, trial.data());
+    const float error = RoundInt4Group(w, scale, trial);
     if (error >= best_error) return;
     best_error = error;
     best_scale = scale;
-    std::copy(trial.begin(), trial.end(), q);
+    q = trial;
   };
   // The largest becomes -8, or is clipped a little, or the range is mirrored (+7).
   for (const float level : {-8.0f, -7.4f, -8.7f, 7.0f, 7.6f}) consider(largest / level);
-  float products = 0.0f, squares = 0.0f;
-  for (int64_t i = 0; i < kInt4Group; ++i) {
+  Vector products{}, squares{};
+  for (size_t i = 0; i < w.size(); ++i) {
     products += w[i] * q[i];
     squares += q[i] * q[i];
   }
-  if (squares > 0.0f && std::isnormal(products / squares)) consider(products / squares);
+  const float refined = Sum(products) / Sum(squares);
+  if (std::isnormal(refined) && std::isfinite(1.0f / refined)) consider(refined);
   return best_scale;
 }
 
@@ -140,28 +167,28 @@ constexpr int64_t Int4Offset(int64_t o, int64_t i) {
 }
 
 void PackInt8Panel(const WeightView& source, int64_t panel, uint8_t* block) {
-  std::array<float, kInt8Group> w, q;
+  Group<kInt8Group> w, q;
   for (int64_t begin = 0; begin < source.cols; begin += kInt8Group, block += kInt8BlockBytes) {
     for (int64_t o = 0; o < kPanelOuts; ++o) {
-      LoadGroup(source, panel * kPanelOuts + o, begin, kInt8Group, w.data());
-      StoreScale(QuantizeInt8Group(w.data(), q.data()), o, block + kPanelOuts * kInt8Group);
+      LoadGroup(source, panel * kPanelOuts + o, begin, kInt8Group, &w[0][0]);
+      StoreScale(QuantizeInt8Group(w, q), o, block + kPanelOuts * kInt8Group);
       for (int64_t i = 0; i < kInt8Group; ++i) {
-        block[Int8Offset(o, i)] = static_cast<uint8_t>(static_cast<int8_t>(q[i]));
+        block[Int8Offset(o, i)] = static_cast<uint8_t>(static_cast<int8_t>(q[i / kWidth][i % kWidth]));
       }
     }
   }
 }
 
 void PackInt4Panel(const WeightView& source, int64_t panel, uint8_t* block) {
-  std::array<float, kInt4Group> w, q;
+  Group<kInt4Group> w, q;
   for (int64_t begin = 0; begin < source.cols; begin += kInt4Group, block += kInt4BlockBytes) {
     for (int64_t o = 0; o < kPanelOuts; ++o) {
-      LoadGroup(source, panel * kPanelOuts + o, begin, kInt4Group, w.data());
-      StoreScale(QuantizeInt4Group(w.data(), q.data()), o, block + kPanelOuts * kInt4Group / 2);
+      LoadGroup(source, panel * kPanelOuts + o, begin, kInt4Group, &w[0][0]);
+      StoreScale(QuantizeInt4Group(w, q), o, block + kPanelOuts * kInt4Group / 2);
       for (int64_t octet = 0; octet < kInt4Group; octet += 8) {
         for (int64_t j = 0; j < 4; ++j) {
-          const int low = static_cast<int>(q[octet + j]) + 8;
-          const int high = static_cast<int>(q[octet + j + 4]) + 8;
+          const int low = static_cast<int>(q[octet / kWidth][j]) + 8;
+          const int high = static_cast<int>(q[octet / kWidth + 1][j]) + 8;
           block[Int4Offset(o, octet + j)] = static_cast<uint8_t>(high << 4 | low);
         }
       }

@@ -24,12 +24,12 @@ namespace HWY_NAMESPACE {
 
 // Blocking, for all formats: a panel is walked once, in slices of its depth that stay in the L1 cache while every row
 // passes over them, so each weight byte crosses DRAM once however many rows there are. Sums live in memory between
-// slices: kRowBlock rows * 32 outputs = 8 KiB. More rows than that walk the panel again, from the L2 cache.
-constexpr int64_t kRowBlock = 64;
+// slices: kRowBlock rows * 32 outputs = 16 KiB. More rows than that walk the panel again, from the L2 cache.
+constexpr int64_t kRowBlock = 128;
 // bf16: 128 inputs * 32 outputs = 8 KiB as they are, 16 KiB widened to fp32.
-constexpr int64_t kSlice = 128;
+constexpr int64_t kSlice = kFloatSlice;
 // From this many rows on, a slice is unpacked once for all row tiles instead of once per tile.
-constexpr int64_t kUnpackFrom = kLanes == 16 ? 13 : 9;
+constexpr int64_t kUnpackFrom = kLanes == 16 ? 25 : 9;
 // How far ahead of the arithmetic a panel is fetched: past the slice at hand, so that DRAM works while rows repeat.
 constexpr int64_t kPrefetchBytes = 1024;
 
@@ -44,7 +44,7 @@ HWY_INLINE VF OddInputs(VI pairs) {
 
 // sums[r][vector v] += over `count` inputs for kRows rows and kVectors vectors, straight from the packed slice.
 template <int kRows, int kVectors>
-HWY_INLINE void Bf16Tile(const float* HWY_RESTRICT x, int64_t x_stride, const uint8_t* HWY_RESTRICT w, int64_t count,
+HWY_INLINE void Bf16Tile(const float* HWY_RESTRICT x, const uint8_t* HWY_RESTRICT w, int64_t count,
                          float* HWY_RESTRICT sums) {
   VF acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
@@ -58,19 +58,19 @@ HWY_INLINE void Bf16Tile(const float* HWY_RESTRICT x, int64_t x_stride, const ui
     for (int v = 0; v < kVectors; ++v) pairs[v] = hn::Load(I32(), reinterpret_cast<const int32_t*>(w) + v * kLanes);
     for (int v = 0; v < kVectors; ++v) inputs[v] = EvenInputs(pairs[v]);
     for (int r = 0; r < kRows; ++r) {
-      const VF value = hn::Set(F32(), x[r * x_stride + i]);
+      const VF value = hn::Set(F32(), x[r * kSlice + i]);
       for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(value, inputs[v], acc[r][v]);
     }
     for (int v = 0; v < kVectors; ++v) inputs[v] = OddInputs(pairs[v]);
     for (int r = 0; r < kRows; ++r) {
-      const VF value = hn::Set(F32(), x[r * x_stride + i + 1]);
+      const VF value = hn::Set(F32(), x[r * kSlice + i + 1]);
       for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(value, inputs[v], acc[r][v]);
     }
   }
   if (i < count) {
     for (int v = 0; v < kVectors; ++v) {
       const VF inputs = EvenInputs(hn::Load(I32(), reinterpret_cast<const int32_t*>(w) + v * kLanes));
-      for (int r = 0; r < kRows; ++r) acc[r][v] = hn::MulAdd(hn::Set(F32(), x[r * x_stride + i]), inputs, acc[r][v]);
+      for (int r = 0; r < kRows; ++r) acc[r][v] = hn::MulAdd(hn::Set(F32(), x[r * kSlice + i]), inputs, acc[r][v]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -80,7 +80,7 @@ HWY_INLINE void Bf16Tile(const float* HWY_RESTRICT x, int64_t x_stride, const ui
 
 // The same from a slice widened to fp32, [count][32].
 template <int kRows>
-HWY_INLINE void FloatTile(const float* HWY_RESTRICT x, int64_t x_stride, const float* HWY_RESTRICT w, int64_t count,
+HWY_INLINE void FloatTile(const float* HWY_RESTRICT x, const float* HWY_RESTRICT w, int64_t count,
                           float* HWY_RESTRICT sums) {
   VF acc[kRows][kTileVectors];
   for (int r = 0; r < kRows; ++r) {
@@ -90,7 +90,7 @@ HWY_INLINE void FloatTile(const float* HWY_RESTRICT x, int64_t x_stride, const f
     VF inputs[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) inputs[v] = hn::Load(F32(), w + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
-      const VF value = hn::Set(F32(), x[r * x_stride + i]);
+      const VF value = hn::Set(F32(), x[r * kSlice + i]);
       for (int v = 0; v < kTileVectors; ++v) acc[r][v] = hn::MulAdd(value, inputs[v], acc[r][v]);
     }
   }
@@ -112,13 +112,12 @@ HWY_INLINE void WidenSlice(const uint8_t* HWY_RESTRICT w, int64_t count, float* 
 
 // All rows over one slice. A single accumulator chain is as long as the latency of a multiply-add, so one and two rows
 // take more vectors at a time.
-HWY_INLINE void Bf16Slice(const float* x, int64_t x_stride, int64_t rows, const uint8_t* w, int64_t count, float* wide,
-                          float* sums) {
+HWY_INLINE void Bf16Slice(const float* x, int64_t rows, const uint8_t* w, int64_t count, float* wide, float* sums) {
   if (rows >= kUnpackFrom) {
     WidenSlice(w, count, wide);
     for (int64_t v = 0; v < kPanelVectors; v += kTileVectors) {
       ForRowTiles<kMaxFloatRows>(rows, [&](int64_t first, auto tile_rows) {
-        FloatTile<tile_rows.value>(x + first * x_stride, x_stride, wide + v * kLanes, count,
+        FloatTile<tile_rows.value>(x + first * kSlice, wide + v * kLanes, count,
                                    sums + first * kPanelOuts + v * kLanes);
       });
     }
@@ -127,19 +126,19 @@ HWY_INLINE void Bf16Slice(const float* x, int64_t x_stride, int64_t rows, const 
   constexpr int kFewRowsVectors = std::min(4, kPanelVectors);
   if (rows == 1) {
     for (int64_t v = 0; v < kPanelVectors; v += kFewRowsVectors) {
-      Bf16Tile<1, kFewRowsVectors>(x, x_stride, w + v * kLanes * 4, count, sums + v * kLanes);
+      Bf16Tile<1, kFewRowsVectors>(x, w + v * kLanes * 4, count, sums + v * kLanes);
     }
     return;
   }
   if (rows == 2) {
     for (int64_t v = 0; v < kPanelVectors; v += kFewRowsVectors) {
-      Bf16Tile<2, kFewRowsVectors>(x, x_stride, w + v * kLanes * 4, count, sums + v * kLanes);
+      Bf16Tile<2, kFewRowsVectors>(x, w + v * kLanes * 4, count, sums + v * kLanes);
     }
     return;
   }
   for (int64_t v = 0; v < kPanelVectors; v += kTileVectors) {
     ForRowTiles<kMaxFloatRows>(rows, [&](int64_t first, auto tile_rows) {
-      Bf16Tile<tile_rows.value, kTileVectors>(x + first * x_stride, x_stride, w + v * kLanes * 4, count,
+      Bf16Tile<tile_rows.value, kTileVectors>(x + first * kSlice, w + v * kLanes * 4, count,
                                               sums + first * kPanelOuts + v * kLanes);
     });
   }
@@ -308,9 +307,9 @@ HWY_NOINLINE void PanelRows(const PanelJob& job, const uint8_t* panel, int64_t f
   std::fill_n(scratch.sums, rows * kPanelOuts, 0.0f);
   const int64_t depth = job.w.cols;
   if (job.w.dtype == DType::kBf16Panels) {
-    for (int64_t i = 0; i < depth; i += kSlice) {
-      Bf16Slice(job.x.row(first_row) + i, depth, rows, panel + i / 2 * kBf16PairBytes, std::min(kSlice, depth - i),
-                scratch.wide, scratch.sums);
+    const float* x = job.quantized.floats + first_row * kSlice;
+    for (int64_t i = 0; i < depth; i += kSlice, x += job.quantized.rows * kSlice) {
+      Bf16Slice(x, rows, panel + i / 2 * kBf16PairBytes, std::min(kSlice, depth - i), scratch.wide, scratch.sums);
     }
   } else if (job.w.dtype == DType::kInt8Panels) {
     const int16_t* x = job.quantized.wide + first_row * kInt8Group;
@@ -365,7 +364,7 @@ void PanelMatMul(ThreadPool& pool, MatrixView<const float> x, const WeightView& 
   CHECK(IsPanels(w.dtype) && x.rows == out.rows && x.cols == w.cols && out.cols == w.rows);
   if (x.rows == 0) return;
   PanelJob job{.w = w, .x = x, .quantized = {}, .out = out};
-  if (w.dtype != DType::kBf16Panels) job.quantized = workspace.Quantize(pool, x, w.dtype);
+  job.quantized = workspace.Quantize(pool, x, w.dtype);
   // A claim is worth about 64 Ki multiply-adds or 128 KiB of weights, but leaves several claims to every thread, so
   // that a thread that loses its core costs its share and not half the step.
   const int64_t panels = NumPanels(w.rows);

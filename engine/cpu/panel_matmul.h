@@ -14,7 +14,7 @@ namespace minitron::engine::cpu {
 //         the row's scale at the end
 //   int4  the same with sum = fma(group, w scale * x scale, sum)
 // Targets without fused multiply-add (SSE) round the product first.
-// `workspace` holds the quantised rows; it must be large enough for x when w is int8 or int4.
+// `workspace` holds the rearranged rows; it must be large enough for x.
 void PanelMatMul(ThreadPool& pool, MatrixView<const float> x, const WeightView& w, QuantizedRowsBuffer& workspace,
                  MatrixView<float> out);
 
@@ -22,7 +22,7 @@ void PanelMatMul(ThreadPool& pool, MatrixView<const float> x, const WeightView& 
 struct PanelJob {
   WeightView w;
   MatrixView<const float> x;
-  QuantizedRows quantized;  // set for int8 and int4
+  QuantizedRows quantized;  // x as the kernels of w read it
   MatrixView<float> out;
 };
 void PanelRange(const PanelJob& job, int64_t begin, int64_t end);

@@ -115,18 +115,35 @@ namespace minitron::engine::cpu {
 HWY_EXPORT(QuantizeWide);
 HWY_EXPORT(QuantizeNarrow);
 
+namespace {
+
+void CopySlices(const MatrixView<const float>& x, int64_t begin, int64_t end, float* out) {
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t first = 0; first < x.cols; first += kFloatSlice) {
+      std::copy_n(x.row(r) + first, std::min(kFloatSlice, x.cols - first), out + first * x.rows + r * kFloatSlice);
+    }
+  }
+}
+
+}  // namespace
+
 QuantizedRowsBuffer::QuantizedRowsBuffer(int64_t max_rows, int64_t max_depth)
-    : values_(max_rows * CeilDiv(max_depth, kInt8Group) * kInt8Group),
+    : values_(max_rows * CeilDiv(max_depth, kFloatSlice) * kFloatSlice),
       scales_(max_rows * CeilDiv(max_depth, kInt4Group)),
       offsets_(max_rows * CeilDiv(max_depth, kInt4Group)) {}
 
 QuantizedRows QuantizedRowsBuffer::Quantize(ThreadPool& pool, MatrixView<const float> x, DType dtype) {
-  CHECK(x.rows * CeilDiv(x.cols, kInt8Group) * kInt8Group <= values_.size());
+  CHECK(x.rows * CeilDiv(x.cols, kFloatSlice) * kFloatSlice <= values_.size());
   QuantizedRows rows{.rows = x.rows};
   // 32 Ki elements are about 5 microseconds of work: less is not worth a wake-up.
   const int64_t grain = std::max<int64_t>(1, (32 << 10) / x.cols);
-  if (dtype == DType::kInt8Panels) {
-    rows.wide = values_.data();
+  if (dtype == DType::kBf16Panels) {
+    rows.floats = x.rows == 1 ? x.data : values_.data();
+    if (x.rows == 1) return rows;  // its slices follow each other already
+    pool.ParallelFor(x.rows, grain,
+                     [&](int64_t begin, int64_t end, int) { CopySlices(x, begin, end, values_.data()); });
+  } else if (dtype == DType::kInt8Panels) {
+    rows.wide = reinterpret_cast<int16_t*>(values_.data());
     rows.row_scales = scales_.data();
     pool.ParallelFor(x.rows, grain, [&](int64_t begin, int64_t end, int) {
       HWY_DYNAMIC_DISPATCH(QuantizeWide)(x, begin, end, rows);

@@ -1,4 +1,4 @@
-// Activations as the integer kernels read them: quantised once per matrix product, shared by all outputs.
+// Activations as the panel kernels read them: rearranged or quantised once per matrix product, shared by all outputs.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,15 @@ namespace minitron::engine::cpu {
 
 // Rows of activations, group-major, so that the rows of one group of inputs are one contiguous slab. Inputs past the
 // depth are zero. A row with a value that is not finite gets a NaN scale, so its outputs are NaN.
+//   for bf16 weights: the values themselves, in slices of 128 inputs. (Rows a power of two apart would share one set of
+//                     the L1 cache.)
 //   for int8 weights: int16, scale = max|x| / 32767 of the whole row. Products of a group sum exactly in 32 bits:
 //                     64 * 127 * 32767 < 2^31.
 //   for int4 weights: int8, scale = max|x| / 127 of each group of 32. `offsets` are -8 * sum(q) of the group, which
 //                     undoes the plus 8 of the stored weights.
 struct QuantizedRows {
   int64_t rows = 0;
+  const float* floats = nullptr;  // [slices, rows, kFloatSlice]
   int16_t* wide = nullptr;        // [groups, rows, kInt8Group]
   float* row_scales = nullptr;    // [rows]
   int8_t* narrow = nullptr;       // [groups, rows, kInt4Group]
@@ -24,18 +27,20 @@ struct QuantizedRows {
   int32_t* offsets = nullptr;     // [groups, rows]
 };
 
+inline constexpr int64_t kFloatSlice = 128;
+
 // Memory for QuantizedRows of up to max_rows x max_depth. Engine thread only.
 class QuantizedRowsBuffer {
  public:
   QuantizedRowsBuffer() = default;
   QuantizedRowsBuffer(int64_t max_rows, int64_t max_depth);
 
-  // Quantises x [rows, depth] for weights of `dtype` (int8 or int4 panels). The result lives until the next call.
+  // Arranges x [rows, depth] for panels of `dtype`. The result may point into x and lives until the next call.
   // Each row's result is a function of that row alone. Requires: within the maxima.
   QuantizedRows Quantize(ThreadPool& pool, MatrixView<const float> x, DType dtype);
 
  private:
-  AlignedBuffer<int16_t> values_;  // of either width
+  AlignedBuffer<float> values_;  // of any width
   AlignedBuffer<float> scales_;
   AlignedBuffer<int32_t> offsets_;
 };

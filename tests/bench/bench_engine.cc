@@ -1,6 +1,6 @@
 // minitron-bench-engine: the CPU backend against the limits of the machine it runs on.
-//   minitron-bench-engine [--threads N] [--shape 1b|1b-square|8b] [--target NAME] [--ops] [--model DIR]
-//                         [--quantize none|int8|int4] [--batches 1,8] [--prefill N] [--chunk N] [--repeats N]
+//   minitron-bench-engine [--threads N] [--shape 1b|1b-square|8b] [--target NAME] [--ops] [--rows 1,8] [--model DIR]
+//                         [--quantize none|int8|int4] [--cache-dir DIR] [--batches 1,8] [--prefill N] [--chunk N] [--repeats N]
 // Without --model only the limits and, with --ops, single matrix products are measured.
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +22,7 @@ struct Options {
   engine::NemotronConfig shape;
   std::string target;
   bool ops = false;
+  std::vector<int> rows = {1, 2, 3, 4, 6, 8, 12, 16, 32, 128};
   ModelRun run;
 };
 
@@ -35,7 +36,7 @@ std::vector<int> ParseList(const std::string& text) {
   for (size_t at = 0; at < text.size();) {
     const size_t comma = std::min(text.find(',', at), text.size());
     values.push_back(std::atoi(text.substr(at, comma - at).c_str()));
-    if (values.back() < 1 || values.back() > 64) Fail("batches: " + text + ", each in [1, 64]");
+    if (values.back() < 1 || values.back() > 512) Fail(text + ": each in [1, 512]");
     at = comma + 1;
   }
   return values;
@@ -76,6 +77,10 @@ Options Parse(int argc, char** argv) {
       options.engine.model_dir = value;
     } else if (flag == "--quantize") {
       options.engine.quantization = ParseQuantization(value);
+    } else if (flag == "--rows") {
+      options.rows = ParseList(value);
+    } else if (flag == "--cache-dir") {
+      options.engine.cache_dir = value;
     } else if (flag == "--batches") {
       options.run.batches = ParseList(value);
     } else if (flag == "--prefill") {
@@ -117,7 +122,7 @@ int Run(const Options& options) {
     const Limits limits = MeasureLimits(pool);
     std::printf("limits: read %.1f GB/s, fp32 FMA %.1f GFLOP/s\n", limits.read_bytes_per_s * 1e-9,
                 limits.fma_flops_per_s * 1e-9);
-    if (options.ops) BenchMatMul(pool, limits, options.shape, {1, 2, 3, 4, 6, 8, 12, 16, 32, 128});
+    if (options.ops) BenchMatMul(pool, limits, options.shape, options.rows);
   }
   if (options.engine.model_dir.empty()) return 0;
   return BenchModel(options.engine, options.run) ? 0 : 1;

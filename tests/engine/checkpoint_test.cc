@@ -40,7 +40,7 @@ std::string Index(const std::string& weight_map) {
 }
 
 void ExpectRefused(const TempDir& dir, const std::string& why) {
-  const auto checkpoint = Checkpoint::Open(dir.path(), false);
+  const auto checkpoint = Checkpoint::Open(dir.path());
   ASSERT_FALSE(checkpoint.ok()) << "not refused: " << why;
   EXPECT_EQ(checkpoint.status().code(), absl::StatusCode::kInvalidArgument) << checkpoint.status();
   EXPECT_THAT(std::string(checkpoint.status().message()), HasSubstr(why));
@@ -51,7 +51,7 @@ TEST(Checkpoint, ReadsSingleFileAligned) {
   for (const std::string padding : {"", " ", "  ", "   "}) {
     const TempDir dir;
     dir.Write("model.safetensors", Tensors({"a", "b"}, padding));
-    const auto checkpoint = Checkpoint::Open(dir.path(), false);
+    const auto checkpoint = Checkpoint::Open(dir.path());
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     ASSERT_EQ((*checkpoint)->tensors().size(), 2u);
     for (const auto& [name, entry] : (*checkpoint)->tensors()) {
@@ -68,7 +68,7 @@ TEST(Checkpoint, ReadsTorchFile) {
   const TempDir dir;
   std::filesystem::copy(std::string(MINITRON_SOURCE_DIR) + "/tests/engine/testdata/torch_state_dict.bin",
                         dir.File("pytorch_model.bin"));
-  const auto checkpoint = Checkpoint::Open(dir.path(), true);
+  const auto checkpoint = Checkpoint::Open(dir.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   const TensorEntry& entry = (*checkpoint)->tensors().at("single");
   EXPECT_THAT(entry.shape, ElementsAre(2, 3));
@@ -87,7 +87,7 @@ TEST(Checkpoint, PrefersSafetensorsOverTorch) {
   dir.Write("pytorch_model.bin", "not a zip");
   ExpectRefused(dir, "no zip end record");
   dir.Write("model.safetensors", Tensors({"a"}));
-  EXPECT_TRUE(Checkpoint::Open(dir.path(), false).ok());
+  EXPECT_TRUE(Checkpoint::Open(dir.path()).ok());
   // A broken preferred file is an error, not a reason to take the next.
   dir.Write("model.safetensors", "");
   ExpectRefused(dir, "too short");
@@ -95,11 +95,11 @@ TEST(Checkpoint, PrefersSafetensorsOverTorch) {
 
 TEST(Checkpoint, NothingToReadIsNotFound) {
   const TempDir dir;
-  const auto checkpoint = Checkpoint::Open(dir.path(), false);
+  const auto checkpoint = Checkpoint::Open(dir.path());
   EXPECT_EQ(checkpoint.status().code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(std::string(checkpoint.status().message()), HasSubstr("pytorch_model.bin"));
-  EXPECT_EQ(Checkpoint::Open(dir.File("absent"), false).status().code(), absl::StatusCode::kNotFound);
-  EXPECT_FALSE(Checkpoint::Open("", false).ok());
+  EXPECT_EQ(Checkpoint::Open(dir.File("absent")).status().code(), absl::StatusCode::kNotFound);
+  EXPECT_FALSE(Checkpoint::Open("").ok());
 }
 
 TEST(Checkpoint, ReadsShards) {
@@ -108,7 +108,7 @@ TEST(Checkpoint, ReadsShards) {
   dir.Write("model-2.safetensors", Tensors({"c"}));
   dir.Write("model.safetensors.index.json",
             Index(R"("a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors")"));
-  const auto checkpoint = Checkpoint::Open(dir.path(), true);
+  const auto checkpoint = Checkpoint::Open(dir.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   EXPECT_EQ((*checkpoint)->tensors().size(), 3u);
   EXPECT_EQ(static_cast<const float*>((*checkpoint)->tensors().at("c").data)[1], -2.0f);
@@ -207,13 +207,13 @@ TEST(Checkpoint, WellKnownNamesMayLinkToACache) {
   blobs.Write("0123abcd", Tensors({"a"}));
   const TempDir dir;
   std::filesystem::create_symlink(blobs.File("0123abcd"), dir.File("model.safetensors"));
-  EXPECT_TRUE(Checkpoint::Open(dir.path(), false).ok());
+  EXPECT_TRUE(Checkpoint::Open(dir.path()).ok());
 }
 
 TEST(Checkpoint, MappingOutlivesTheName) {
   const TempDir dir;
   dir.Write("model.safetensors", Tensors({"a"}));
-  const auto checkpoint = Checkpoint::Open(dir.path(), false);
+  const auto checkpoint = Checkpoint::Open(dir.path());
   ASSERT_TRUE(checkpoint.ok());
   std::filesystem::remove(dir.File("model.safetensors"));
   EXPECT_EQ(static_cast<const float*>((*checkpoint)->tensors().at("a").data)[0], 1.5f);

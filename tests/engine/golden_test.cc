@@ -68,7 +68,7 @@ class GoldenTest : public testing::TestWithParam<Golden> {
     auto config = LoadNemotronConfig(model_dir);
     ASSERT_TRUE(config.ok()) << config.status();
     config_ = *config;
-    auto checkpoint = Checkpoint::Open(model_dir, false);
+    auto checkpoint = Checkpoint::Open(model_dir);
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     checkpoint_ = *std::move(checkpoint);
     auto weights = MapNemotronWeights(*checkpoint_, config_);

@@ -132,7 +132,7 @@ TEST(NemotronWeights, TheShippedModelLoads) {
   const std::string dir = std::string(MINITRON_SOURCE_DIR) + "/deploy/models/minitron-tiny";
   const auto config = LoadNemotronConfig(dir);
   ASSERT_TRUE(config.ok()) << config.status();
-  const auto checkpoint = Checkpoint::Open(dir, true);
+  const auto checkpoint = Checkpoint::Open(dir);
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   const auto weights = MapNemotronWeights(**checkpoint, *config);
   ASSERT_TRUE(weights.ok()) << weights.status();

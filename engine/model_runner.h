@@ -15,13 +15,17 @@ enum class Backend { kAuto, kCpu, kCuda };
 // How the CPU backend stores matrices: as loaded, or as 8- or 4-bit integers with a scale per group of 64 or 32.
 enum class Quantization { kOff, kInt8, kInt4 };
 
+// Element type of the CPU backend's KV cache: bf16, as the weights, or fp32.
+enum class KvCacheType { kBf16, kF32 };
+
 struct EngineOptions {
   std::string model_dir;  // Hugging Face style folder: config.json and weights
   Backend backend = Backend::kAuto;
   int num_threads = 0;                             // CPU backend; 0 means one per core
   Quantization quantization = Quantization::kOff;  // CPU backend
-  std::string cache_dir;       // CPU backend: folder of packed weights; empty: beside the model when they are large
-  int block_size = 16;         // tokens per KV block, a power of two in [8, 256]
+  std::string cache_dir;  // CPU backend: folder of packed weights; empty: beside the model when they are large
+  KvCacheType kv_cache_type = KvCacheType::kBf16;  // CPU backend
+  int block_size = 16;                             // tokens per KV block, a power of two in [8, 256]
   int64_t kv_cache_bytes = 0;  // 0: sized from free memory, at most what max_num_sequences full contexts need
   int max_num_sequences = 64;  // sequences per batch
   int max_num_tokens = 512;    // token rows per batch

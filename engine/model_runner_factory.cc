@@ -138,7 +138,8 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
   ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> opened, Checkpoint::Open(options.model_dir));
   const std::shared_ptr<const Checkpoint> checkpoint = std::move(opened);
   ASSIGN_OR_RETURN(const NemotronWeights source, MapNemotronWeights(*checkpoint, config));
-  ASSIGN_OR_RETURN(const int num_blocks, SizeKvCache(options, max_context, cpu::KvBytesPerToken(config)));
+  ASSIGN_OR_RETURN(const int num_blocks,
+                   SizeKvCache(options, max_context, cpu::KvBytesPerToken(config, options.kv_cache_type)));
   const int num_threads = options.num_threads > 0 ? options.num_threads : cpu::NumUsableCores();
   ASSIGN_OR_RETURN(const std::shared_ptr<const LoadedWeights> loaded, Load(checkpoint, source, options, num_threads));
   const NemotronWeights& weights = loaded->packed->weights();
@@ -149,7 +150,8 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
                             .num_kv_blocks = num_blocks,
                             .max_num_sequences = options.max_num_sequences,
                             .max_num_tokens = options.max_num_tokens,
-                            .max_context_tokens = max_context};
+                            .max_context_tokens = max_context,
+                            .kv_cache_type = options.kv_cache_type};
   return cpu::CreateCpuModelRunner(config, weights, loaded, limits, num_threads);
 }
 

@@ -52,6 +52,7 @@ const std::vector<Flag>& Flags() {
       Text("port-file", &O::port_file, "file to write both ports to when ready"),
       Text("backend", &O::backend, "auto, cpu or cuda"),
       Text("quantize", &O::quantize, "weights on the CPU: none (as loaded), int8 or int4"),
+      Text("kv-cache-dtype", &O::kv_cache_dtype, "element type of the CPU's KV cache: bf16 or fp32"),
       Text("cache-dir", &O::cache_dir, "folder of packed weights; default: the model's, if they are 256 MiB or more"),
       Int("threads", &O::threads, 0, 1024, "CPU threads; 0 means one per core"),
       Int("kv-cache-mib", &O::kv_cache_mib, 0, 1 << 20, "KV-cache size in MiB; 0 sizes it from free memory"),
@@ -247,6 +248,7 @@ absl::Status CheckTogether(const ServerOptions& options) {
   }
   RETURN_IF_ERROR(CheckOneOf("backend", options.backend, {"auto", "cpu", "cuda"}));
   RETURN_IF_ERROR(CheckOneOf("quantize", options.quantize, {"none", "int8", "int4"}));
+  RETURN_IF_ERROR(CheckOneOf("kv-cache-dtype", options.kv_cache_dtype, {"bf16", "fp32"}));
   RETURN_IF_ERROR(CheckOneOf("log-format", options.log_format, {"text", "json"}));
   RETURN_IF_ERROR(CheckOneOf("metrics-compat", options.metrics_compat, {"none", "vllm"}));
   RETURN_IF_ERROR(CheckTls(options));
@@ -283,6 +285,10 @@ engine::Quantization ServerOptions::quantization() const {
   if (quantize == "int8") return engine::Quantization::kInt8;
   if (quantize == "int4") return engine::Quantization::kInt4;
   return engine::Quantization::kOff;
+}
+
+engine::KvCacheType ServerOptions::kv_cache_type() const {
+  return kv_cache_dtype == "fp32" ? engine::KvCacheType::kF32 : engine::KvCacheType::kBf16;
 }
 
 absl::StatusOr<ServerOptions> ParseServerOptions(const std::vector<std::string>& arguments,

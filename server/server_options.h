@@ -29,6 +29,7 @@ struct ServerOptions {
   std::string backend = "auto";
   std::string quantize = "none";
   std::string cache_dir;
+  std::string kv_cache_dtype = "bf16";
   int threads = 0;
   int kv_cache_mib = 0;
   int block_size = 16;
@@ -70,6 +71,7 @@ struct ServerOptions {
 
   engine::Backend backend_kind() const;
   engine::Quantization quantization() const;
+  engine::KvCacheType kv_cache_type() const;
 };
 
 // Reads argv[1..] (--flag=value and --flag value; --no-flag for switches), the environment ("NAME=value" each; names

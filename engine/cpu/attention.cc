@@ -13,22 +13,22 @@
 // After highway.h.
 #include "hwy/contrib/math/math-inl.h"
 
-#ifndef MINITRON_ENGINE_CPU_ATTENTION_ROW_
-#define MINITRON_ENGINE_CPU_ATTENTION_ROW_
+#ifndef MINITRON_ENGINE_CPU_ATTENTION_RANGE_
+#define MINITRON_ENGINE_CPU_ATTENTION_RANGE_
 namespace minitron::engine::cpu {
 
-// One token row and one kv head: the queries of its group, and where the keys and values are.
-struct AttentionRow {
+// One token row, one kv head and one range of positions: the queries of its group, and where keys and values are.
+struct AttentionRange {
   const KvCache* cache;
   int layer;
   int head;  // key/value head
   int group_size;
-  int64_t num_keys;  // position + 1
+  int64_t first_key;  // a multiple of kAttentionRange
+  int64_t end_key;    // at most first_key + kAttentionRange, at most the row's position + 1
   const BlockId* block_ids;
   const float* queries;  // [group_size, head_dim]
-  float* out;            // [group_size, head_dim]
-  float* scores;         // [group_size, score_stride]
-  int64_t score_stride;  // num_keys rounded up to whole blocks, at least
+  float* scores;         // [group_size, kAttentionRange]
+  float* partial;        // the range's result: [group_size, head_dim] values, [group_size] maxima, [group_size] sums
 };
 
 }  // namespace minitron::engine::cpu
@@ -40,41 +40,54 @@ namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
+// A vector of cache elements as fp32.
+template <class Tag>
+HWY_INLINE hn::Vec<Tag> LoadElements(Tag tag, const float* p) {
+  return hn::LoadU(tag, p);
+}
+template <class Tag>
+HWY_INLINE hn::Vec<Tag> LoadElements(Tag tag, const uint16_t* p) {
+  const hn::Rebind<uint16_t, Tag> narrow;
+  const hn::RebindToUnsigned<Tag> wide;
+  return hn::BitCast(tag, hn::ShiftLeft<16>(hn::PromoteTo(wide, hn::LoadU(narrow, p))));
+}
+
 // scores[h, key] = q[h] . K[key] * scale for kHeads heads and one vector of keys.
-template <int kHeads, class Tag>
-HWY_INLINE void ScoreTile(Tag tag, const float* queries, const float* keys, int64_t head_dim, int64_t block_size,
-                          float scale, float* scores, int64_t score_stride) {
+template <int kHeads, class Tag, typename Element>
+HWY_INLINE void ScoreTile(Tag tag, const float* queries, const Element* keys, int64_t head_dim, int64_t block_size,
+                          float scale, float* scores) {
   hn::Vec<Tag> sums[kHeads];
   for (int h = 0; h < kHeads; ++h) sums[h] = hn::Zero(tag);
   for (int64_t d = 0; d < head_dim; ++d) {
-    const auto key = hn::LoadU(tag, keys + d * block_size);
+    const auto key = LoadElements(tag, keys + d * block_size);
     for (int h = 0; h < kHeads; ++h) sums[h] = hn::MulAdd(hn::Set(tag, queries[h * head_dim + d]), key, sums[h]);
   }
   for (int h = 0; h < kHeads; ++h) {
-    hn::StoreU(hn::Mul(sums[h], hn::Set(tag, scale)), tag, scores + h * score_stride);
+    hn::StoreU(hn::Mul(sums[h], hn::Set(tag, scale)), tag, scores + h * kAttentionRange);
   }
 }
 
-// Scores of all keys for kHeads heads from `first_head`. Lanes past num_keys hold scores of stale keys: not used.
-template <int kHeads, class Tag>
-HWY_INLINE void ScoreHeads(Tag tag, const AttentionRow& row, int first_head) {
-  const KvCacheShape& shape = row.cache->shape();
+// Scores of the range's keys for kHeads heads from `first_head`. Lanes past end_key hold scores of stale keys: not
+// used.
+template <int kHeads, typename Element, class Tag>
+HWY_INLINE void ScoreHeads(Tag tag, const AttentionRange& range, int first_head) {
+  const KvCacheShape& shape = range.cache->shape();
   const float scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
   const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
-  for (int64_t block = 0; block * shape.block_size < row.num_keys; ++block) {
-    const float* keys = row.cache->KeyBlock(row.layer, row.block_ids[block], row.head);
-    const int64_t first_key = block * shape.block_size;
-    for (int64_t offset = 0; offset < shape.block_size && first_key + offset < row.num_keys; offset += lanes) {
-      ScoreTile<kHeads>(tag, row.queries + int64_t{first_head} * shape.head_dim, keys + offset, shape.head_dim,
-                        shape.block_size, scale, row.scores + first_head * row.score_stride + first_key + offset,
-                        row.score_stride);
+  float* scores = range.scores + first_head * kAttentionRange;
+  for (int64_t key = range.first_key; key < range.end_key; key += shape.block_size) {
+    const Element* keys =
+        range.cache->KeyBlock<Element>(range.layer, range.block_ids[key / shape.block_size], range.head);
+    for (int64_t offset = 0; offset < shape.block_size && key + offset < range.end_key; offset += lanes) {
+      ScoreTile<kHeads>(tag, range.queries + int64_t{first_head} * shape.head_dim, keys + offset, shape.head_dim,
+                        shape.block_size, scale, scores + (key - range.first_key) + offset);
     }
   }
 }
 
 // scores[0 .. count) become exp(score - max); returns their sum.
 template <class Tag>
-HWY_INLINE float ExpAndSum(Tag tag, float* scores, int64_t count) {
+HWY_INLINE float ExpAndSum(Tag tag, float* scores, int64_t count, float* max) {
   const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
   auto maxima = hn::Set(tag, scores[0]);
   int64_t full = 0;
@@ -89,70 +102,80 @@ HWY_INLINE float ExpAndSum(Tag tag, float* scores, int64_t count) {
     hn::StoreU(weights, tag, scores + i);
     sums = hn::Add(sums, weights);
   }
+  *max = maximum;
   return hn::GetLane(hn::SumOfLanes(tag, sums));
 }
 
-// out[h, dims] = sum_key weights[h, key] * V[key, dims] / sums[h] for kVectors vectors of dims from `d`.
-template <int kHeads, int kVectors, class Tag>
-HWY_INLINE void ValueTile(Tag tag, const AttentionRow& row, int first_head, int64_t d, const float* sums) {
-  const KvCacheShape& shape = row.cache->shape();
+// partial[h, dims] = sum_key weights[h, key] * V[key, dims] for kVectors vectors of dims from `d`.
+template <int kHeads, int kVectors, typename Element, class Tag>
+HWY_INLINE void ValueTile(Tag tag, const AttentionRange& range, int first_head, int64_t d) {
+  const KvCacheShape& shape = range.cache->shape();
   const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
-  const float* weights = row.scores + first_head * row.score_stride;
+  const float* weights = range.scores + first_head * kAttentionRange;
   hn::Vec<Tag> totals[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h) {
     for (int n = 0; n < kVectors; ++n) totals[h][n] = hn::Zero(tag);
   }
-  for (int64_t key = 0; key < row.num_keys;) {
-    const float* values = row.cache->ValueBlock(row.layer, row.block_ids[key / shape.block_size], row.head) + d;
-    const int64_t block_end = std::min<int64_t>(key + shape.block_size, row.num_keys);
-    for (; key < block_end; ++key, values += shape.head_dim) {
+  for (int64_t key = range.first_key; key < range.end_key;) {
+    const Element* values =
+        range.cache->ValueBlock<Element>(range.layer, range.block_ids[key / shape.block_size], range.head) + d;
+    const int64_t block_end = std::min<int64_t>(key + shape.block_size, range.end_key);
+    for (; key < block_end; ++key, values += shape.head_dim, ++weights) {
       hn::Vec<Tag> value[kVectors];
-      for (int n = 0; n < kVectors; ++n) value[n] = hn::LoadU(tag, values + n * lanes);
+      for (int n = 0; n < kVectors; ++n) value[n] = LoadElements(tag, values + n * lanes);
       for (int h = 0; h < kHeads; ++h) {
-        const auto weight = hn::Set(tag, weights[h * row.score_stride + key]);
+        const auto weight = hn::Set(tag, weights[h * kAttentionRange]);
         for (int n = 0; n < kVectors; ++n) totals[h][n] = hn::MulAdd(weight, value[n], totals[h][n]);
       }
     }
   }
   for (int h = 0; h < kHeads; ++h) {
-    float* out = row.out + int64_t{first_head + h} * shape.head_dim + d;
-    for (int n = 0; n < kVectors; ++n) {
-      hn::StoreU(hn::Div(totals[h][n], hn::Set(tag, sums[h])), tag, out + n * lanes);
-    }
+    float* out = range.partial + int64_t{first_head + h} * shape.head_dim + d;
+    for (int n = 0; n < kVectors; ++n) hn::StoreU(totals[h][n], tag, out + n * lanes);
   }
 }
 
-template <int kHeads, class Tag>
-HWY_INLINE void AttendHeads(Tag tag, const AttentionRow& row, int first_head) {
-  const int64_t head_dim = row.cache->shape().head_dim;
+template <int kHeads, typename Element, class Tag>
+HWY_INLINE void AttendHeads(Tag tag, const AttentionRange& range, int first_head) {
+  const int64_t head_dim = range.cache->shape().head_dim;
   const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
-  ScoreHeads<kHeads>(tag, row, first_head);
-  float sums[kHeads];
-  for (int h = 0; h < kHeads; ++h) {
-    sums[h] = ExpAndSum(tag, row.scores + (first_head + h) * row.score_stride, row.num_keys);
+  ScoreHeads<kHeads, Element>(tag, range, first_head);
+  float* maxima = range.partial + range.group_size * head_dim;
+  float* sums = maxima + range.group_size;
+  for (int h = first_head; h < first_head + kHeads; ++h) {
+    sums[h] = ExpAndSum(tag, range.scores + h * kAttentionRange, range.end_key - range.first_key, &maxima[h]);
   }
   // 6 heads x 2 vectors are 12 of AVX2's 16 registers and more than enough chains to hide the latency.
   int64_t d = 0;
-  for (; d + 2 * lanes <= head_dim; d += 2 * lanes) ValueTile<kHeads, 2>(tag, row, first_head, d, sums);
-  for (; d + lanes <= head_dim; d += lanes) ValueTile<kHeads, 1>(tag, row, first_head, d, sums);
-  for (; d < head_dim; ++d) ValueTile<kHeads, 1>(hn::CappedTag<float, 1>(), row, first_head, d, sums);
+  for (; d + 2 * lanes <= head_dim; d += 2 * lanes) ValueTile<kHeads, 2, Element>(tag, range, first_head, d);
+  for (; d + lanes <= head_dim; d += lanes) ValueTile<kHeads, 1, Element>(tag, range, first_head, d);
+  for (; d < head_dim; ++d) ValueTile<kHeads, 1, Element>(hn::CappedTag<float, 1>(), range, first_head, d);
+}
+
+template <typename Element, class Tag>
+HWY_INLINE void AttendGroup(Tag tag, const AttentionRange& range) {
+  int head = 0;
+  for (; head + 6 <= range.group_size; head += 6) AttendHeads<6, Element>(tag, range, head);  // the family's group
+  for (; head + 4 <= range.group_size; head += 4) AttendHeads<4, Element>(tag, range, head);
+  for (; head + 2 <= range.group_size; head += 2) AttendHeads<2, Element>(tag, range, head);
+  for (; head < range.group_size; ++head) AttendHeads<1, Element>(tag, range, head);
 }
 
 template <class Tag>
-HWY_INLINE void AttendGroup(Tag tag, const AttentionRow& row) {
-  int head = 0;
-  for (; head + 6 <= row.group_size; head += 6) AttendHeads<6>(tag, row, head);  // the family's group size
-  for (; head + 4 <= row.group_size; head += 4) AttendHeads<4>(tag, row, head);
-  for (; head + 2 <= row.group_size; head += 2) AttendHeads<2>(tag, row, head);
-  for (; head < row.group_size; ++head) AttendHeads<1>(tag, row, head);
+HWY_INLINE void AttendElements(Tag tag, const AttentionRange& range) {
+  if (range.cache->shape().type == KvCacheType::kBf16) {
+    AttendGroup<uint16_t>(tag, range);
+  } else {
+    AttendGroup<float>(tag, range);
+  }
 }
 
-void AttendRow(const AttentionRow& row) {
+void AttendRange(const AttentionRange& range) {
   const hn::ScalableTag<float> tag;
-  if (static_cast<int64_t>(hn::Lanes(tag)) <= row.cache->shape().block_size) {
-    AttendGroup(tag, row);
+  if (static_cast<int64_t>(hn::Lanes(tag)) <= range.cache->shape().block_size) {
+    AttendElements(tag, range);
   } else {
-    AttendGroup(hn::CappedTag<float, 8>(), row);  // the smallest block: 8 tokens
+    AttendElements(hn::CappedTag<float, 8>(), range);  // the smallest block: 8 tokens
   }
 }
 
@@ -163,36 +186,88 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace minitron::engine::cpu {
 
-HWY_EXPORT(AttendRow);
+HWY_EXPORT(AttendRange);
+
+AttentionScratch::AttentionScratch(int group_size, int head_dim, int max_context_tokens, int num_threads)
+    : scores_floats_(group_size * kAttentionRange),
+      partial_floats_(int64_t{group_size} * (head_dim + 2)),
+      max_ranges_((max_context_tokens + kAttentionRange - 1) / kAttentionRange),
+      split_items_(int64_t{4} * num_threads),
+      scores_(scores_floats_ * num_threads),
+      partials_(split_items_ * max_ranges_ * partial_floats_) {}
+
+namespace {
+
+// out[h] = sum_r values_r[h] * w_r / sum_r sums_r[h] * w_r, w_r = exp(max_r - max over r), r in order.
+void MergeRanges(const float* partials, int64_t num_ranges, int64_t partial_floats, int group_size, int64_t head_dim,
+                 float* out) {
+  for (int h = 0; h < group_size; ++h) {
+    const float* maxima = partials + group_size * head_dim + h;
+    float maximum = maxima[0];
+    for (int64_t r = 1; r < num_ranges; ++r) maximum = std::max(maximum, maxima[r * partial_floats]);
+    float* row = out + h * head_dim;
+    std::fill_n(row, head_dim, 0.0f);
+    float total = 0.0f;
+    for (int64_t r = 0; r < num_ranges; ++r) {
+      const float weight = std::exp(maxima[r * partial_floats] - maximum);
+      total += maxima[r * partial_floats + group_size] * weight;
+      const float* values = partials + r * partial_floats + h * head_dim;
+      for (int64_t d = 0; d < head_dim; ++d) row[d] += values[d] * weight;
+    }
+    for (int64_t d = 0; d < head_dim; ++d) row[d] /= total;
+  }
+}
+
+}  // namespace
 
 void PagedAttention(ThreadPool& pool, const BatchView& batch, const int32_t* token_sequence, const KvCache& cache,
-                    int layer, int group_size, MatrixView<const float> q, MatrixView<float> out, float* scratch,
-                    int64_t scratch_floats) {
+                    int layer, int group_size, MatrixView<const float> q, MatrixView<float> out,
+                    const AttentionScratch& scratch) {
   const KvCacheShape& shape = cache.shape();
   CHECK(q.rows == batch.num_tokens && out.rows == q.rows && out.cols == q.cols);
   CHECK(q.cols == int64_t{shape.num_heads} * group_size * shape.head_dim);
-  const int64_t score_stride = scratch_floats / group_size;
+  const int64_t items = q.rows * shape.num_heads;  // (row, kv head)
+  const auto num_ranges = [&](int64_t item) { return batch.positions[item / shape.num_heads] / kAttentionRange + 1; };
+  const auto attend = [&](int64_t item, int64_t r, int thread, float* partial) {
+    const int64_t t = item / shape.num_heads;
+    const int head = static_cast<int>(item % shape.num_heads);
+    HWY_DYNAMIC_DISPATCH(AttendRange)
+    ({.cache = &cache,
+      .layer = layer,
+      .head = head,
+      .group_size = group_size,
+      .first_key = r * kAttentionRange,
+      .end_key = std::min<int64_t>((r + 1) * kAttentionRange, int64_t{batch.positions[t]} + 1),
+      .block_ids = batch.block_ids + batch.block_start[token_sequence[t]],
+      .queries = q.row(t) + int64_t{head} * group_size * shape.head_dim,
+      .scores = scratch.scores(thread),
+      .partial = partial});
+  };
+  const auto merge = [&](int64_t item, const float* partials) {
+    float* row = out.row(item / shape.num_heads) + item % shape.num_heads * group_size * shape.head_dim;
+    MergeRanges(partials, num_ranges(item), scratch.partial_floats(), group_size, shape.head_dim, row);
+  };
   // Short contexts are cheap: give a thread a few heads at a time, long ones one.
   int32_t longest = 1;
   for (int s = 0; s < batch.num_sequences; ++s) longest = std::max(longest, batch.kv_lens[s]);
+  if (items <= scratch.split_items() && longest > kAttentionRange && pool.num_threads() > 1) {
+    const int64_t most = (longest + kAttentionRange - 1) / kAttentionRange;
+    pool.ParallelFor(items * most, 1, [&](int64_t begin, int64_t end, int thread) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t item = i / most, r = i % most;
+        if (r < num_ranges(item)) attend(item, r, thread, scratch.partials(item) + r * scratch.partial_floats());
+      }
+    });
+    for (int64_t item = 0; item < items; ++item) merge(item, scratch.partials(item));
+    return;
+  }
   constexpr int64_t kMinWork = 64 << 10;  // multiply-adds; see MatMul
   const int64_t grain = std::max<int64_t>(1, kMinWork / (int64_t{2} * longest * group_size * shape.head_dim));
-  pool.ParallelFor(q.rows * shape.num_heads, grain, [&](int64_t begin, int64_t end, int thread) {
+  pool.ParallelFor(items, grain, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t t = item / shape.num_heads;
-      const int head = static_cast<int>(item % shape.num_heads);
-      const int64_t first_dim = int64_t{head} * group_size * shape.head_dim;
-      HWY_DYNAMIC_DISPATCH(AttendRow)
-      ({.cache = &cache,
-        .layer = layer,
-        .head = head,
-        .group_size = group_size,
-        .num_keys = int64_t{batch.positions[t]} + 1,
-        .block_ids = batch.block_ids + batch.block_start[token_sequence[t]],
-        .queries = q.row(t) + first_dim,
-        .out = out.row(t) + first_dim,
-        .scores = scratch + thread * scratch_floats,
-        .score_stride = score_stride});
+      float* partials = scratch.partials(thread);
+      for (int64_t r = 0; r < num_ranges(item); ++r) attend(item, r, thread, partials + r * scratch.partial_floats());
+      merge(item, partials);
     }
   });
 }

@@ -10,8 +10,8 @@
 
 namespace minitron::engine::cpu {
 
-int64_t KvBytesPerToken(const NemotronConfig& config) {
-  return int64_t{2} * config.num_layers * config.key_value_width() * static_cast<int64_t>(sizeof(float));
+int64_t KvBytesPerToken(const NemotronConfig& config, KvCacheType type) {
+  return int64_t{2} * config.num_layers * config.key_value_width() * (type == KvCacheType::kBf16 ? 2 : 4);
 }
 
 int NumUsableCores() {
@@ -32,7 +32,7 @@ std::unique_ptr<ModelRunner> CreateCpuModelRunner(const NemotronConfig& config, 
   info.weight_type = DTypeName(weights.matrix_dtype);
   info.num_parameters = weights.num_parameters;
   info.weight_bytes = weights.num_bytes;
-  info.kv_bytes_per_token = KvBytesPerToken(config);
+  info.kv_bytes_per_token = KvBytesPerToken(config, limits.kv_cache_type);
   info.vocab_size = config.vocab_size;
   info.hidden_size = config.hidden_size;
   info.num_layers = config.num_layers;

@@ -11,8 +11,8 @@
 
 namespace minitron::engine::cpu {
 
-// Bytes of KV cache one token takes: keys and values of every layer and kv head, fp32.
-int64_t KvBytesPerToken(const NemotronConfig& config);
+// Bytes of KV cache one token takes: keys and values of every layer and kv head.
+int64_t KvBytesPerToken(const NemotronConfig& config, KvCacheType type);
 
 // Hardware threads this process may run on, at least 1.
 int NumUsableCores();

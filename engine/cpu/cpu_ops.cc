@@ -5,7 +5,6 @@
 #include <cstring>
 
 #include "engine/base/check.h"
-#include "engine/cpu/attention.h"
 #include "engine/cpu/convert.h"
 #include "engine/cpu/matmul.h"
 #include "engine/cpu/panel_matmul.h"
@@ -50,13 +49,12 @@ CpuOps::CpuOps(const NemotronConfig& config, const RunnerLimits& limits, int num
               .num_blocks = limits.num_kv_blocks,
               .num_heads = config.num_key_value_heads,
               .head_dim = config.head_dim,
-              .block_size = limits.block_size}),
+              .block_size = limits.block_size,
+              .type = limits.kv_cache_type}),
       gain_(config.hidden_size),
       bias_(config.hidden_size),
       rotated_keys_(int64_t{limits.max_num_tokens} * config.key_value_width()),
-      attention_scratch_floats_(
-          AttentionScratchFloats(config.group_size(), limits.max_context_tokens, limits.block_size)),
-      attention_scratch_(attention_scratch_floats_ * num_threads),
+      attention_scratch_(config.group_size(), config.head_dim, limits.max_context_tokens, num_threads),
       quantized_rows_(limits.max_num_tokens,
                       std::max({config.hidden_size, config.query_width(), config.intermediate_size})),
       histories_(2 * static_cast<size_t>(limits.max_num_sequences)),
@@ -155,6 +153,27 @@ void CpuOps::RotateHeads(float* heads, int num_heads, int32_t position) const {
   }
 }
 
+template <typename Element>
+void CpuOps::StoreRow(int layer, int64_t slot, const float* keys, const float* values) {
+  const KvCacheShape& shape = cache_.shape();
+  const auto element = [](float value) {
+    if constexpr (sizeof(Element) == 2) {
+      return FloatToBf16(value);
+    } else {
+      return value;
+    }
+  };
+  const int64_t block = slot / shape.block_size, offset = slot % shape.block_size;
+  for (int h = 0; h < shape.num_heads; ++h, keys += shape.head_dim, values += shape.head_dim) {
+    Element* key_column = cache_.KeyBlock<Element>(layer, block, h) + offset;
+    Element* value_row = cache_.ValueBlock<Element>(layer, block, h) + offset * shape.head_dim;
+    for (int d = 0; d < shape.head_dim; ++d) {
+      key_column[int64_t{d} * shape.block_size] = element(keys[d]);
+      value_row[d] = element(values[d]);
+    }
+  }
+}
+
 void CpuOps::RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstMatrix k, ConstMatrix v) {
   const KvCacheShape& shape = cache_.shape();
   const int num_heads = shape.num_heads;
@@ -169,23 +188,17 @@ void CpuOps::RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstMa
       float* keys = rotated_keys_.data() + t * k.cols;
       std::copy_n(k.row(t), k.cols, keys);
       RotateHeads(keys, num_heads, position);
-      const int64_t block = batch.slot_mapping[t] / shape.block_size;
-      const int64_t offset = batch.slot_mapping[t] % shape.block_size;
-      for (int h = 0; h < num_heads; ++h) {
-        float* key_column = cache_.KeyBlock(layer, block, h) + offset;
-        for (int d = 0; d < shape.head_dim; ++d) {
-          key_column[int64_t{d} * shape.block_size] = keys[int64_t{h} * shape.head_dim + d];
-        }
-        std::copy_n(v.row(t) + int64_t{h} * shape.head_dim, shape.head_dim,
-                    cache_.ValueBlock(layer, block, h) + offset * shape.head_dim);
+      if (shape.type == KvCacheType::kBf16) {
+        StoreRow<uint16_t>(layer, batch.slot_mapping[t], keys, v.row(t));
+      } else {
+        StoreRow<float>(layer, batch.slot_mapping[t], keys, v.row(t));
       }
     }
   });
 }
 
 void CpuOps::PagedAttention(const BatchView& batch, int layer, ConstMatrix q, Matrix out) {
-  cpu::PagedAttention(pool_, batch, token_sequence_.data(), cache_, layer, group_size_, q, out,
-                      attention_scratch_.data(), attention_scratch_floats_);
+  cpu::PagedAttention(pool_, batch, token_sequence_.data(), cache_, layer, group_size_, q, out, attention_scratch_);
 }
 
 void CpuOps::SquaredRelu(Matrix x) {

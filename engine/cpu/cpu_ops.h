@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "engine/cpu/aligned_buffer.h"
+#include "engine/cpu/attention.h"
 #include "engine/cpu/kv_cache.h"
 #include "engine/cpu/quantize_rows.h"
 #include "engine/cpu/thread_pool.h"
@@ -46,6 +47,9 @@ class CpuOps {
   const KvCache& kv_cache() const { return cache_; }
 
  private:
+  // Writes one row's rotated keys and its values into a slot.
+  template <typename Element>
+  void StoreRow(int layer, int64_t slot, const float* keys, const float* values);
   // Rotates the heads of one token row in place.
   void RotateHeads(float* heads, int num_heads, int32_t position) const;
 
@@ -56,8 +60,7 @@ class CpuOps {
   std::vector<float> cosines_, sines_;  // [max_context, rotary_dim / 2]
   std::vector<float> gain_, bias_;      // [hidden]; of the norm at hand
   Buffer rotated_keys_;                 // [max_num_tokens, key_value_width]
-  int64_t attention_scratch_floats_;    // per thread
-  Buffer attention_scratch_;
+  AttentionScratch attention_scratch_;
   QuantizedRowsBuffer quantized_rows_;  // [max_num_tokens, widest input of a matrix]
 
   std::vector<TokenId> token_ids_;               // [T], resolved

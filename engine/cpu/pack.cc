@@ -22,12 +22,6 @@ namespace {
 
 constexpr int64_t kHalfOuts = 16;
 
-uint16_t FloatToBf16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if (!std::isfinite(value)) return static_cast<uint16_t>(bits >> 16 | (std::isnan(value) ? 0x40u : 0u));
-  return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-}
-
 void PackBf16Panel(const WeightView& source, int64_t panel, uint8_t* destination) {
   CHECK(source.dtype == DType::kBf16);
   const int64_t pairs = CeilDiv(source.cols, 2);

@@ -78,7 +78,8 @@ class GoldenTest : public testing::TestWithParam<Golden> {
                .num_kv_blocks = config_.max_position_embeddings / kBlockSize,
                .max_num_sequences = 1,
                .max_num_tokens = kMaxTokens,
-               .max_context_tokens = config_.max_position_embeddings};
+               .max_context_tokens = config_.max_position_embeddings,
+               .kv_cache_type = KvCacheType::kF32};
   }
 
   // Rows `first` .. `end` of one sequence, blocks in reverse so that position and slot differ.

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "engine/cpu/cpu_model_runner.h"
+#include "engine/cpu/packed_weights.h"
 #include "engine/model_runner.h"
 #include "gtest/gtest.h"
 #include "tests/engine/random_model.h"
@@ -72,13 +73,25 @@ inline uint64_t Bits(const TokenLogprob& logprob) {
 class Driver {
  public:
   Driver(const std::vector<Job>& jobs, const Schedule& schedule)
-      : jobs_(jobs), schedule_(schedule), random_(schedule.seed), model_(SmallConfig(), schedule.dtype, 77) {
+      : jobs_(jobs),
+        schedule_(schedule),
+        random_(schedule.seed),
+        model_(SmallConfig(), SourceType(schedule.dtype), 77) {
     const RunnerLimits limits{.block_size = schedule.block_size,
                               .num_kv_blocks = kNumBlocks,
                               .max_num_sequences = kMaxSequences,
                               .max_num_tokens = kMaxTokens,
                               .max_context_tokens = model_.config().max_position_embeddings};
-    runner_ = cpu::CreateCpuModelRunner(model_.config(), model_.weights(), nullptr, limits, schedule.threads);
+    NemotronWeights weights = model_.weights();
+    if (IsPanels(schedule.dtype)) {
+      cpu::ThreadPool pool(2);
+      const cpu::PackPlan plan(weights, schedule.dtype == DType::kInt8Panels   ? Quantization::kInt8
+                                        : schedule.dtype == DType::kInt4Panels ? Quantization::kInt4
+                                                                               : Quantization::kOff);
+      packed_ = std::make_unique<cpu::PackedWeights>(weights, nullptr, plan, false, pool);
+      weights = packed_->weights();
+    }
+    runner_ = cpu::CreateCpuModelRunner(model_.config(), weights, nullptr, limits, schedule.threads);
     for (BlockId block = 0; block < kNumBlocks; ++block) free_blocks_.push_back(block);
     std::shuffle(free_blocks_.begin(), free_blocks_.end(), random_);
     for (int slot = 0; slot < kMaxSequences; ++slot) free_slots_.push_back(slot);
@@ -101,6 +114,8 @@ class Driver {
   }
 
  private:
+  static DType SourceType(DType dtype) { return IsPanels(dtype) ? DType::kBf16 : dtype; }
+
   void Start(int job) {
     Running& sequence = running_.emplace_back();
     sequence.job = job;
@@ -208,6 +223,7 @@ class Driver {
   const Schedule schedule_;
   std::mt19937_64 random_;
   RandomModel model_;
+  std::unique_ptr<cpu::PackedWeights> packed_;
   std::unique_ptr<ModelRunner> runner_;
   std::vector<BlockId> free_blocks_;
   std::vector<int> free_slots_;

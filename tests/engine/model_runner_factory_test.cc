@@ -1,6 +1,7 @@
 // CreateModelRunner: options checked, cache sized, the shipped model loads and generates.
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "engine/model_runner.h"
@@ -37,9 +38,33 @@ TEST(ModelRunnerFactoryTest, LoadsTheShippedModelAndSaysWhatItIs) {
   EXPECT_EQ(info.head_dim, 64);
   EXPECT_EQ(info.max_context_tokens, 1024);
   EXPECT_EQ(info.weight_bytes, 2 * info.num_parameters);
-  EXPECT_EQ(info.kv_bytes_per_token, 2 * 6 * 2 * 64 * 4);  // k and v, layers, kv heads, dims, fp32
+  EXPECT_EQ(info.kv_bytes_per_token, 2 * 6 * 2 * 64 * 2);  // k and v, layers, kv heads, dims, bf16
   EXPECT_EQ((*runner)->block_size(), 16);
   EXPECT_EQ((*runner)->max_num_tokens(), 512);
+}
+
+TEST(ModelRunnerFactoryTest, QuantizedWeightsSayWhatTheyAreAndTakeTheirBits) {
+  EngineOptions options = TinyOptions();
+  const int64_t parameters = (*CreateModelRunner(options))->model_info().num_parameters;
+  const int64_t embedding = 2048 * 192;  // stays bf16
+  for (const auto& [quantization, name, bits] :
+       {std::tuple{Quantization::kInt8, "int8", 8.25}, std::tuple{Quantization::kInt4, "int4", 4.5}}) {
+    options.quantization = quantization;
+    const auto runner = CreateModelRunner(options);
+    ASSERT_TRUE(runner.ok()) << runner.status();
+    const ModelInfo& info = (*runner)->model_info();
+    EXPECT_EQ(info.weight_type, name);
+    EXPECT_EQ(info.num_parameters, parameters);
+    // The head is int8 in either mode: 2048 * 192 weights.
+    const double expected = (parameters - 2 * embedding) * bits / 8 + embedding * 8.25 / 8 + embedding * 2.0;
+    EXPECT_NEAR(static_cast<double>(info.weight_bytes), expected, 0.01 * expected);
+  }
+}
+
+TEST(ModelRunnerFactoryTest, Fp32KeysAndValuesTakeTwiceTheMemory) {
+  EngineOptions options = TinyOptions();
+  options.kv_cache_type = KvCacheType::kF32;
+  EXPECT_EQ((*CreateModelRunner(options))->model_info().kv_bytes_per_token, 2 * 6 * 2 * 64 * 4);
 }
 
 TEST(ModelRunnerFactoryTest, CacheHoldsEveryFullContextOfASmallModel) {
@@ -53,7 +78,7 @@ TEST(ModelRunnerFactoryTest, CacheHoldsEveryFullContextOfASmallModel) {
 
 TEST(ModelRunnerFactoryTest, ExplicitCacheSizeIsTakenAsItIs) {
   EngineOptions options = TinyOptions();
-  options.kv_cache_bytes = int64_t{6144} * 16 * 5 + 1;
+  options.kv_cache_bytes = int64_t{3072} * 16 * 5 + 1;
   const auto runner = CreateModelRunner(options);
   ASSERT_TRUE(runner.ok()) << runner.status();
   EXPECT_EQ((*runner)->num_kv_blocks(), 5);
@@ -61,14 +86,14 @@ TEST(ModelRunnerFactoryTest, ExplicitCacheSizeIsTakenAsItIs) {
 
 TEST(ModelRunnerFactoryTest, CacheOfOneBlockIsRefusedWithTheArithmetic) {
   EngineOptions options = TinyOptions();
-  options.kv_cache_bytes = 6144 * 16 * 2 - 1;
-  ExpectError(options, absl::StatusCode::kResourceExhausted, "196607 bytes hold 1 blocks of 16 tokens * 6144 bytes");
+  options.kv_cache_bytes = 3072 * 16 * 2 - 1;
+  ExpectError(options, absl::StatusCode::kResourceExhausted, "98303 bytes hold 1 blocks of 16 tokens * 3072 bytes");
 }
 
 TEST(ModelRunnerFactoryTest, CacheBeyondTheMemoryIsRefusedWithTheArithmetic) {
   EngineOptions options = TinyOptions();
   options.kv_cache_bytes = int64_t{1} << 50;
-  ExpectError(options, absl::StatusCode::kResourceExhausted, "1024 tokens * 6144 bytes = 6291456 bytes");
+  ExpectError(options, absl::StatusCode::kResourceExhausted, "1024 tokens * 3072 bytes = 3145728 bytes");
 }
 
 TEST(ModelRunnerFactoryTest, OptionsOutOfRangeNameValueAndLimit) {

@@ -203,8 +203,12 @@ TEST(ModelRunnerLogitsTest, RowsOfLaterChunksEqualRowsAskedAlone) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(WeightTypes, ModelRunnerTest, testing::Values(DType::kBf16, DType::kF16, DType::kF32),
-                         [](const auto& type) { return std::string(DTypeName(type.param)); });
+INSTANTIATE_TEST_SUITE_P(WeightTypes, ModelRunnerTest,
+                         testing::Values(DType::kBf16, DType::kF16, DType::kF32, DType::kBf16Panels, DType::kInt8Panels,
+                                         DType::kInt4Panels),
+                         [](const auto& type) {
+                           return std::string(DTypeName(type.param)) + (IsPanels(type.param) ? "_panels" : "");
+                         });
 
 }  // namespace
 }  // namespace minitron::engine

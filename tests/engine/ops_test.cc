@@ -27,12 +27,13 @@ class OpsTest : public testing::Test {
   using Buffer = typename Ops::Buffer;
 
   static std::unique_ptr<Ops> MakeOps(const NemotronConfig& config, int block_size = 16, int num_blocks = 16,
-                                      int threads = 2) {
+                                      int threads = 2, KvCacheType kv_cache_type = KvCacheType::kF32) {
     const RunnerLimits limits{.block_size = block_size,
                               .num_kv_blocks = num_blocks,
                               .max_num_sequences = 8,
                               .max_num_tokens = 128,
-                              .max_context_tokens = config.max_position_embeddings};
+                              .max_context_tokens = config.max_position_embeddings,
+                              .kv_cache_type = kv_cache_type};
     return std::make_unique<Ops>(config, limits, threads);
   }
 

@@ -33,6 +33,7 @@ TEST(ServerOptionsTest, ErrorsNameFlagValueAndLimitInOneLine) {
   EXPECT_EQ(ErrorOf({"--block-size=24"}), "--block-size=24: not a power of two in [8, 256]");
   EXPECT_EQ(ErrorOf({"--backend=tpu"}), "--backend=tpu: not one of auto, cpu, cuda");
   EXPECT_EQ(ErrorOf({"--quantize=int2"}), "--quantize=int2: not one of none, int8, int4");
+  EXPECT_EQ(ErrorOf({"--kv-cache-dtype=fp16"}), "--kv-cache-dtype=fp16: not one of bf16, fp32");
   EXPECT_EQ(ErrorOf({"--reflection=maybe"}), "--reflection=maybe: not true or false");
   EXPECT_EQ(ErrorOf({"--nonsense"}), "unknown flag --nonsense; see --help");
   EXPECT_EQ(ErrorOf({"--no-port"}), "unknown flag --no-port; see --help");

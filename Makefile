@@ -3,21 +3,23 @@
 # make serve   runs the server until Ctrl-C and prints its ports
 # make lint    formatting and static analysis      make format  formats the sources
 # make clean   removes build/
+# make soak-sim HOURS=1   simulates the scheduler for that long, on JOBS cores
 #
-# Variables: MODEL=DIR PROMPT=TEXT PORT=N METRICS_PORT=N JOBS=N
+# Variables: MODEL=DIR PROMPT=TEXT PORT=N METRICS_PORT=N JOBS=N HOURS=N
 
 export PATH := $(CURDIR)/build/tools:$(PATH)
 JOBS ?= $(shell nproc)
 MODEL ?= deploy/models/minitron-tiny
+HOURS ?= 1
 PROMPT ?= To be or not to be,
 PORT ?= 50051
 METRICS_PORT ?= 9090
 SANITIZED_ROOMS ?= engine|scheduler|simulation|server|clients
 
-.PHONY: help build demo serve test test-release test-asan test-tsan lint format clean deps-build deps-test deps-clients deps-lint
+.PHONY: help build demo serve test test-release test-asan test-tsan lint format clean soak-sim deps-build deps-test deps-clients deps-lint
 
 help:
-	@sed -n '1,8s/^# \{0,1\}//p' Makefile
+	@sed -n '1,9s/^# \{0,1\}//p' Makefile
 
 deps-build deps-test deps-clients deps-lint:
 	@deploy/install-deps.sh build $(patsubst deps-%,%,$@)
@@ -58,6 +60,12 @@ lint: deps-lint deps-test
 
 format: deps-lint
 	@git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs clang-format -i
+
+# Every core simulates worlds of its own: the seeds are far apart.
+soak-sim: deps-test
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
+	@cmake --build --preset release -j $(JOBS) --target minitron-soak-sim
+	@now=$$(date +%s); seq $(JOBS) | xargs -P $(JOBS) -I{} build/release/bin/minitron-soak-sim $(HOURS) $${now}{}00000000
 
 clean:
 	@rm -rf build

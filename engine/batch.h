@@ -19,6 +19,8 @@ inline constexpr int32_t kNone = -1;
 
 // A token id that is not known on the host yet: "the token that result row r of the previous batch produced".
 // Stored in Batch::token_ids as a negative number, so that step n+1 can be submitted before step n is read back.
+// Where that row failed, or its token is outside the vocabulary, the runner takes any token in range: the sequence ends
+// when the host reads the failure, and this row's result is dropped.
 constexpr TokenId TokenFromPreviousResult(int32_t result_row) { return -1 - result_row; }
 constexpr bool IsFromPreviousResult(TokenId token) { return token < 0; }
 constexpr int32_t PreviousResultRow(TokenId token) { return -1 - token; }
@@ -61,6 +63,19 @@ struct Batch {
 
   int num_tokens() const { return static_cast<int>(token_ids.size()); }
   int num_sequences() const { return static_cast<int>(kv_lens.size()); }
+
+  // Empty again, with its memory.
+  void Clear() {
+    token_ids.clear();
+    positions.clear();
+    slot_mapping.clear();
+    query_start.assign(1, 0);
+    block_start.assign(1, 0);
+    block_ids.clear();
+    kv_lens.clear();
+    results.clear();
+    history_resets.clear();
+  }
 };
 
 struct TokenLogprob {

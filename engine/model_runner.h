@@ -55,6 +55,8 @@ struct ModelInfo {
 
 // Runs batches over a paged KV cache. Engine thread only; not synchronized. Batches complete in order.
 //
+// Batches take effect in order: a batch reads in the KV cache what the batches submitted before it wrote.
+//
 // Contract every backend honours: the output bits of a sequence's row are a function of that sequence's tokens, params
 // and output position alone; not of the other rows, the chunking of the prompt, the block ids or the row's place.
 class ModelRunner {
@@ -68,6 +70,13 @@ class ModelRunner {
 
   // Waits for the oldest outstanding batch. Error: INTERNAL when the device failed; the runner is then unusable.
   virtual absl::StatusOr<StepResult> Collect() = 0;
+
+  // Takes a result's storage back, for a later Collect to fill. Optional.
+  virtual void Recycle(StepResult) {}
+
+  // Whether Submit returns while the batch still runs. Where it does not, submitting ahead is correct, but results are
+  // read a step later than they could be.
+  virtual bool submits_asynchronously() const { return false; }
 
   virtual const ModelInfo& model_info() const = 0;
   virtual int num_kv_blocks() const = 0;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <deque>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -54,21 +53,23 @@ class ModelRunnerImpl final : public ModelRunner {
         logits_(ops_->AllocateFloats(logits_rows_ * config_.vocab_size)) {}
 
   absl::Status Submit(const Batch& batch) override {
-    CHECK(outstanding_.size() < kMaxOutstanding);
+    CHECK(num_outstanding_ < kMaxOutstanding);
     CheckBatch(batch);
     const BatchView view = ops_->Upload(batch);
     const MatrixView<const Element> hidden = Forward(*ops_, config_, weights_, view, buffers_);
-    outstanding_.push_back(Results(batch, hidden));
+    ComputeResults(batch, hidden, outstanding_[(oldest_ + num_outstanding_) % kMaxOutstanding]);
+    ++num_outstanding_;
     return absl::OkStatus();
   }
 
   absl::StatusOr<StepResult> Collect() override {
-    CHECK(!outstanding_.empty());
+    CHECK(num_outstanding_ > 0);
     RETURN_IF_ERROR(ops_->Wait());
-    StepResult result = std::move(outstanding_.front());
-    outstanding_.pop_front();
-    return result;
+    --num_outstanding_;
+    return std::exchange(outstanding_[std::exchange(oldest_, (oldest_ + 1) % kMaxOutstanding)], std::move(recycled_));
   }
+
+  void Recycle(StepResult result) override { recycled_ = std::move(result); }
 
   const ModelInfo& model_info() const override { return info_; }
   int num_kv_blocks() const override { return limits_.num_kv_blocks; }
@@ -77,11 +78,11 @@ class ModelRunnerImpl final : public ModelRunner {
   int max_num_sequences() const override { return limits_.max_num_sequences; }
 
  private:
-  static constexpr size_t kMaxOutstanding = 2;
+  static constexpr int kMaxOutstanding = 2;
 
-  StepResult Results(const Batch& batch, MatrixView<const Element> hidden) {
-    StepResult result;
+  void ComputeResults(const Batch& batch, MatrixView<const Element> hidden, StepResult& result) {
     const int64_t num_rows = static_cast<int64_t>(batch.results.size());
+    result.rows.clear();
     result.rows.resize(num_rows);
     for (int64_t first = 0; first < num_rows; first += logits_rows_) {
       const int64_t rows = std::min(logits_rows_, num_rows - first);
@@ -94,7 +95,6 @@ class ModelRunnerImpl final : public ModelRunner {
       ops_->Sample(logits, absl::MakeConstSpan(batch.results).subspan(first, rows), static_cast<int>(first),
                    absl::MakeSpan(result.rows).subspan(first, rows));
     }
-    return result;
   }
 
   // A malformed batch is our own bug; found here it names itself instead of reading foreign memory.
@@ -145,10 +145,13 @@ class ModelRunnerImpl final : public ModelRunner {
   const RunnerLimits limits_;
   const int64_t logits_rows_;
   ForwardBuffers<Ops> buffers_;
-  typename Ops::Buffer gathered_;     // [logits_rows, hidden]
-  typename Ops::FloatBuffer logits_;  // [logits_rows, vocab]
-  std::vector<int32_t> token_rows_;   // of the chunk at hand
-  std::deque<StepResult> outstanding_;
+  typename Ops::Buffer gathered_;            // [logits_rows, hidden]
+  typename Ops::FloatBuffer logits_;         // [logits_rows, vocab]
+  std::vector<int32_t> token_rows_;          // of the chunk at hand
+  StepResult outstanding_[kMaxOutstanding];  // a ring
+  int oldest_ = 0;
+  int num_outstanding_ = 0;
+  StepResult recycled_;  // handed back; its memory is for a later step
 };
 
 }  // namespace minitron::engine

@@ -10,10 +10,12 @@ namespace {
 void AppendTokenRows(const ScheduledSequence& scheduled, int block_size, engine::Batch& batch) {
   const Sequence& sequence = *scheduled.sequence;
   const int end = scheduled.first_position + scheduled.num_tokens;
-  CHECK(end <= sequence.num_tokens());
+  const bool follows_unread = scheduled.previous_result_row != engine::kNone;
+  CHECK(end <= sequence.num_tokens() + (follows_unread ? 1 : 0));
   CHECK(end <= static_cast<int>(sequence.block_table().size()) * block_size);
   for (int position = scheduled.first_position; position < end; ++position) {
-    batch.token_ids.push_back(sequence.tokens()[position]);
+    batch.token_ids.push_back(follows_unread ? engine::TokenFromPreviousResult(scheduled.previous_result_row)
+                                             : sequence.tokens()[position]);
     batch.positions.push_back(position);
     const int64_t block = sequence.block_table()[position / block_size];
     batch.slot_mapping.push_back(block * block_size + position % block_size);
@@ -47,9 +49,9 @@ void AppendSampledRow(const ScheduledSequence& scheduled, int first_row, int seq
   row.sequence = sequence_row;
   row.num_top_logprobs = sequence.request().num_top_logprobs;
   row.history_slot = sequence.history_slot();
-  row.output_position = sequence.num_output_tokens();
+  row.output_position = scheduled.output_position;
   row.params = &sequence.params();
-  if (sequence.num_output_tokens() < sequence.request().min_tokens && !sequence.banned_tokens().empty()) {
+  if (scheduled.output_position < sequence.request().min_tokens && !sequence.banned_tokens().empty()) {
     row.banned_tokens = &sequence.banned_tokens();
   }
   batch.results.push_back(row);
@@ -57,8 +59,9 @@ void AppendSampledRow(const ScheduledSequence& scheduled, int first_row, int seq
 
 }  // namespace
 
-engine::Batch BuildBatch(const SchedulerOutput& plan) {
-  engine::Batch batch;
+engine::Batch BuildBatch(const SchedulerOutput& plan, engine::Batch recycled) {
+  engine::Batch batch = std::move(recycled);
+  batch.Clear();
   batch.token_ids.reserve(plan.num_tokens);
   batch.positions.reserve(plan.num_tokens);
   batch.slot_mapping.reserve(plan.num_tokens);

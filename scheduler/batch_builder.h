@@ -8,6 +8,7 @@ namespace minitron::scheduler {
 
 // The batch borrows params and banned tokens from the plan's sequences: keep the plan until Collect.
 // Result rows are in the order Scheduler::Update expects them.
-engine::Batch BuildBatch(const SchedulerOutput& plan);
+// The arrays' memory is that of `recycled`.
+engine::Batch BuildBatch(const SchedulerOutput& plan, engine::Batch recycled = {});
 
 }  // namespace minitron::scheduler

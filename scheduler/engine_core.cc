@@ -1,5 +1,6 @@
 #include "scheduler/engine_core.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -9,6 +10,15 @@
 #include "scheduler/batch_builder.h"
 
 namespace minitron::scheduler {
+
+namespace {
+
+int MaxStepsInFlight(Overlap overlap, const engine::ModelRunner& runner) {
+  if (overlap == Overlap::kAuto) return runner.submits_asynchronously() ? 2 : 1;
+  return overlap == Overlap::kOn ? 2 : 1;
+}
+
+}  // namespace
 
 absl::Status EngineCoreOptions::Validate() const {
   if (max_queued_requests < 1 || max_queued_requests > 1048576) {
@@ -26,6 +36,7 @@ EngineCore::EngineCore(const EngineCoreOptions& options, engine::ModelRunner* ru
       sink_(sink),
       now_(std::move(now)),
       inbox_(options.max_queued_requests),
+      max_steps_in_flight_(MaxStepsInFlight(options.overlap, *runner)),
       scheduler_(options.scheduler, limits_) {
   CHECK(options.Validate().ok());
 }
@@ -87,32 +98,60 @@ void EngineCore::DrainInbox(TimePoint now) {
 
 bool EngineCore::Step() {
   if (inbox_.failed()) return false;
-  const TimePoint start = now_();
-  DrainInbox(start);
-  plan_ = scheduler_.Schedule(start);
-  inbox_.ReportQueued(scheduler_.num_queued_sequences());
-  if (plan_.sequences.empty() && !scheduler_.has_pending_events()) return false;
-
-  absl::StatusOr<engine::StepResult> result = RunBatch();
+  DrainInbox(now_());
+  const absl::StatusOr<bool> worked = RunStep();
+  if (worked.ok() && !*worked) return false;
   num_steps_.fetch_add(1, std::memory_order_relaxed);
-  if (!result.ok()) {
-    PublishFailure(result.status());
-    return true;
-  }
-  const TimePoint end = now_();
-  StepOutput output = scheduler_.Update(plan_, *result, end);
-  output.stats.step_duration = end - start;
-  const int num_finished = static_cast<int>(output.finished.size());
-  sink_->OnStep(std::move(output));
-  inbox_.ReportFinished(num_finished);
+  if (!worked.ok()) PublishFailure(worked.status());
   return true;
 }
 
-absl::StatusOr<engine::StepResult> EngineCore::RunBatch() {
-  if (plan_.sequences.empty()) return engine::StepResult{};  // only finish events to publish
-  batch_ = BuildBatch(plan_);
-  RETURN_IF_ERROR(runner_->Submit(batch_));
-  return runner_->Collect();
+absl::StatusOr<bool> EngineCore::RunStep() {
+  while (scheduler_.wants_drain() && num_steps_in_flight_ > 0) RETURN_IF_ERROR(CollectAndPublish());
+  bool submitted = true;
+  while (submitted && num_steps_in_flight_ < max_steps_in_flight_ && !scheduler_.wants_drain()) {
+    ASSIGN_OR_RETURN(submitted, PlanAndSubmit());
+  }
+  if (num_steps_in_flight_ > 0) {
+    RETURN_IF_ERROR(CollectAndPublish());
+  } else {
+    if (!scheduler_.has_pending_events()) return false;
+    Publish({}, {}, now_());  // only finish events
+  }
+  return true;
+}
+
+absl::StatusOr<bool> EngineCore::PlanAndSubmit() {
+  StepInFlight& step = steps_[(oldest_step_ + num_steps_in_flight_) % 2];
+  step.start = now_();
+  step.plan = scheduler_.Schedule(step.start, std::move(step.plan));
+  inbox_.ReportQueued(scheduler_.num_queued_sequences());
+  if (step.plan.sequences.empty()) return false;
+  step.batch = BuildBatch(step.plan, std::move(step.batch));
+  RETURN_IF_ERROR(runner_->Submit(step.batch));
+  ++num_steps_in_flight_;
+  return true;
+}
+
+absl::Status EngineCore::CollectAndPublish() {
+  const StepInFlight& step = steps_[oldest_step_];
+  ASSIGN_OR_RETURN(engine::StepResult result, runner_->Collect());
+  oldest_step_ = (oldest_step_ + 1) % 2;
+  --num_steps_in_flight_;
+  Publish(step.plan, result, step.start);
+  runner_->Recycle(std::move(result));
+  return absl::OkStatus();
+}
+
+void EngineCore::Publish(const SchedulerOutput& plan, const engine::StepResult& result, TimePoint start) {
+  const TimePoint end = now_();
+  StepOutput output = scheduler_.Update(plan, result, end, sink_->Recycled());
+  // Steps that overlap take turns on the device: this one's began when the one before was done.
+  output.stats.step_duration = end - std::max(start, last_collected_);
+  last_collected_ = end;
+  const int num_finished = static_cast<int>(output.finished.size());
+  sink_->OnStep(std::move(output));
+  if (num_finished > 0) inbox_.ReportFinished(num_finished);
 }
 
 void EngineCore::PublishFailure(const absl::Status& status) {

@@ -21,11 +21,22 @@ class StepSink {
  public:
   virtual ~StepSink() = default;
   virtual void OnStep(StepOutput output) = 0;
+
+  // An output that the sink is done with, so that the engine can fill its memory again. Engine thread. Optional.
+  virtual StepOutput Recycled() { return {}; }
+};
+
+// Whether step n+1 is planned and submitted while step n runs.
+enum class Overlap {
+  kAuto,  // when the runner submits asynchronously
+  kOn,
+  kOff,
 };
 
 struct EngineCoreOptions {
   SchedulerOptions scheduler;
   int max_queued_requests = 256;  // [1, 1048576]; sequences not yet running, inbox and waiting queue together
+  Overlap overlap = Overlap::kAuto;
 
   // Error: INVALID_ARGUMENT naming the field, its value and its range.
   absl::Status Validate() const;
@@ -73,11 +84,12 @@ class EngineCore {
   // Ends the thread after the current step. Idempotent; one thread at a time, not the engine's.
   void Stop();
 
-  // Runs one step if there is work; returns whether there was. Engine thread (or a test) only.
+  // Plans, submits and publishes at most one step each; returns whether there was work. With overlap a step is
+  // published one call after it was submitted. Engine thread (or a test) only.
   bool Step();
 
   int queue_depth() const;     // sequences not yet running
-  uint64_t num_steps() const;  // advances with every step: the heartbeat
+  uint64_t num_steps() const;  // advances with every step published: the heartbeat
   bool idle() const;           // no live request
   bool failed() const;         // the runner failed; nothing will run again
 
@@ -86,7 +98,10 @@ class EngineCore {
  private:
   void RunLoop();
   void DrainInbox(TimePoint now);
-  absl::StatusOr<engine::StepResult> RunBatch();
+  absl::StatusOr<bool> RunStep();        // whether there was work
+  absl::StatusOr<bool> PlanAndSubmit();  // whether there was anything to submit
+  absl::Status CollectAndPublish();
+  void Publish(const SchedulerOutput& plan, const engine::StepResult& result, TimePoint start);
   void PublishFailure(const absl::Status& status);
 
   const EngineCoreOptions options_;
@@ -98,10 +113,20 @@ class EngineCore {
   Inbox inbox_;
   std::atomic<uint64_t> num_steps_{0};
 
-  // Engine thread. Plan and batch are members because a failed runner may still hold on to them.
+  // A step submitted and not collected. The runner borrows from it, also after it failed.
+  struct StepInFlight {
+    SchedulerOutput plan;
+    engine::Batch batch;
+    TimePoint start;
+  };
+
+  // Engine thread.
+  const int max_steps_in_flight_;
   Scheduler scheduler_;
-  SchedulerOutput plan_;
-  engine::Batch batch_;
+  StepInFlight steps_[2];  // a ring
+  int oldest_step_ = 0;
+  int num_steps_in_flight_ = 0;
+  TimePoint last_collected_;
 
   std::thread thread_;
 };

@@ -33,9 +33,11 @@ struct Request {
   int num_top_logprobs = -1;         // of generated tokens; -1 none, 0 chosen only
   int num_prompt_top_logprobs = -1;  // of prompt tokens; -1 none, 0 chosen only
   int prompt_logprobs_start = 1;     // first prompt position to report; position 0 has no logprob
-  int priority = 0;                  // higher first
+  // The row after each token depends on what the host makes of it (a grammar's mask): never planned ahead of it.
+  bool waits_for_each_token = false;
+  int priority = 0;  // higher first
   std::string tenant;
-  std::string cache_salt;  // prefixes are shared between equal salts only
+  std::string cache_salt;  // cached prefixes are shared between equal salts only; see PrefixSharing
   TimePoint arrival;
   TimePoint deadline = TimePoint::max();
 };

@@ -13,6 +13,19 @@ namespace {
 
 int OptionOrLimit(int option, int limit) { return option == 0 ? limit : std::min(option, limit); }
 
+// Unambiguous: no tenant and salt can spell another tenant's.
+std::string CacheSalt(const Request& request, PrefixSharing sharing) {
+  switch (sharing) {
+    case PrefixSharing::kRequest:
+      return absl::StrCat("request:", request.id);
+    case PrefixSharing::kTenant:
+      return absl::StrCat("tenant:", request.tenant.size(), ":", request.tenant, ":", request.cache_salt);
+    case PrefixSharing::kAll:
+      return absl::StrCat("all:", request.cache_salt);
+  }
+  CHECK(false);
+}
+
 }  // namespace
 
 Scheduler::Scheduler(const SchedulerOptions& options, const RunnerLimits& limits)
@@ -21,7 +34,7 @@ Scheduler::Scheduler(const SchedulerOptions& options, const RunnerLimits& limits
       max_step_tokens_(OptionOrLimit(options.max_step_tokens, limits.max_num_tokens)),
       max_running_sequences_(
           std::min(max_step_tokens_, OptionOrLimit(options.max_running_sequences, limits.max_num_sequences))),
-      kv_cache_(limits.num_kv_blocks, limits.block_size),
+      kv_cache_(limits.num_kv_blocks, limits.block_size, options.prefix_hash_key, options.prefix_hash_bits),
       waiting_(options.fairness) {
   CHECK(options.Validate().ok());
   CHECK(max_step_tokens_ > 0 && max_running_sequences_ > 0);
@@ -36,8 +49,9 @@ void Scheduler::Add(Request request, TimePoint now) {
   LiveRequest& live = it->second;
   live.num_unfinished = shared->num_sequences;
   const uint64_t order = next_order_++;
+  const std::string cache_salt = CacheSalt(*shared, options_.prefix_sharing);
   for (int index = 0; index < shared->num_sequences; ++index) {
-    live.sequences.push_back(std::make_shared<Sequence>(shared, index, order));
+    live.sequences.push_back(std::make_shared<Sequence>(shared, index, order, cache_salt));
     waiting_.Attach(*live.sequences.back());
     waiting_.Add(live.sequences.back(), now);
   }
@@ -69,11 +83,20 @@ void Scheduler::Finish(const std::shared_ptr<Sequence>& held, FinishReason reaso
     if (!sequence->ever_scheduled()) --num_queued_;
   }
   waiting_.Detach(*sequence);
-  ReleaseResources(*sequence);
   sequence->Finish();
+  if (sequence->num_steps_in_flight() > 0) {
+    retiring_.push_back(sequence);
+  } else {
+    ReleaseResources(*sequence);
+    sequence->ReleaseSlot();
+  }
   pending_finished_.push_back(sequence->MakeFinishEvent(reason, stop_token));
   const auto live = requests_.find(sequence->id());
   if (--live->second.num_unfinished == 0) requests_.erase(live);
+}
+
+bool Scheduler::ReservesToCompletion(const Sequence& sequence) const {
+  return options_.admission_mode == AdmissionMode::kReserve || sequence.num_preemptions() >= options_.max_preemptions;
 }
 
 void Scheduler::ReleaseResources(Sequence& sequence) {
@@ -93,12 +116,16 @@ absl::Status Scheduler::CheckConsistent() const {
   std::vector<const Sequence*> owners;
   std::set<int> slots(free_history_slots_.begin(), free_history_slots_.end());
   size_t num_slots = free_history_slots_.size();
-  for (const auto& sequence : running_) {
-    owners.push_back(sequence.get());
-    if (sequence->state() != SequenceState::kRunning) return absl::InternalError("not running, but in running_");
-    if (sequence->history_slot() == engine::kNone) continue;
-    slots.insert(sequence->history_slot());
-    ++num_slots;
+  for (const auto* queue : {&running_, &retiring_}) {
+    for (const auto& sequence : *queue) {
+      owners.push_back(sequence.get());
+      const bool runs = sequence->state() == SequenceState::kRunning;
+      if (runs != (queue == &running_)) return absl::InternalError("a sequence is in a queue of another state");
+      if (!runs && sequence->num_steps_in_flight() == 0) return absl::InternalError("retiring, but not in flight");
+      if (sequence->history_slot() == engine::kNone) continue;
+      slots.insert(sequence->history_slot());
+      ++num_slots;
+    }
   }
   int num_queued = 0;
   for (const auto& sequence : waiting()) {

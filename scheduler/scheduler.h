@@ -4,8 +4,14 @@
 // are admitted: the former two by priority (higher first), then arrival, the latter as FairQueue says. A sequence is
 // admitted with the blocks of all tokens it has, so a prompt never stalls half-way; only decoding grows. When a growing
 // sequence finds no block, the lowest-priority youngest running sequence is preempted: its blocks are released, it goes
-// to the front of its tenant's queue, keeps its output and recomputes. The oldest sequence can always evict all others
-// and, by CheckFits, finish alone, so every step with live sequences makes progress.
+// to the front of its tenant's queue, keeps its output and recomputes what the prefix cache has lost. After
+// max_preemptions, or always in kReserve, a sequence is admitted only with a right to all blocks it may ever need, and
+// is not preempted. The oldest of the others can always evict the rest and, by CheckFits, finish, so there is always
+// progress.
+//
+// Running ahead. Schedule may be called for step n+1 while step n runs: progress is planned at once, and a token that
+// is not read yet is named by its result row. Whatever ends a sequence wastes at most its one row in flight; its blocks
+// come back when that row is read. Only a sequence with nothing in flight is preempted: wants_drain() asks for that.
 //
 // Deterministic: no clock, no randomness, no lock; `now` is an argument. Engine thread only.
 #pragma once
@@ -13,6 +19,7 @@
 #include <map>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -33,18 +40,24 @@ class Scheduler {
   // Queues the request's sequences. CHECKs CheckFits, and that no live request has this id.
   void Add(Request request, TimePoint now);
 
-  // Marks all sequences of a request, or one of them. The next Schedule ends them with kCancelled; results that come in
-  // before are dropped. Unknown, finished and out-of-range ids are ignored.
+  // Marks all sequences of a request, or one of them. The next Schedule or Update ends them with kCancelled and drops
+  // what was computed meanwhile. Unknown, finished and out-of-range ids are ignored.
   void Abort(RequestId id);
   void AbortSequence(RequestId id, int index);
 
-  // Ends marked and expired sequences, then plans a step. The plan is empty exactly when no sequence is live.
-  SchedulerOutput Schedule(TimePoint now);
+  // Ends marked and expired sequences, then plans a step. At most one step may be in flight: planned, with rows, and
+  // not yet given to Update. The plan is empty only when no sequence is live or a step is in flight. Its storage is
+  // that of `recycled`. It must be given to Update, in order, unless it is empty.
+  SchedulerOutput Schedule(TimePoint now, SchedulerOutput recycled = {});
 
-  // Takes the results of `plan`, in its order, and returns all events since the last Update. Finished sequences own no
-  // block afterwards. `result` has one row per result row of the plan (CHECKed). StepStats::step_duration is the
-  // caller's to fill.
-  StepOutput Update(const SchedulerOutput& plan, const engine::StepResult& result, TimePoint now);
+  // Whether the step in flight should be given to Update before the next Schedule, which can then preempt.
+  bool wants_drain() const { return wants_drain_ && num_steps_in_flight_ > 0; }
+
+  // Takes the results of `plan`, in its order, and returns all events since the last Update, in the storage of
+  // `recycled`. Sequences that finished with nothing in flight own no block afterwards. `result` has one row per result
+  // row of the plan (CHECKed). StepStats::step_duration is the caller's to fill.
+  StepOutput Update(const SchedulerOutput& plan, const engine::StepResult& result, TimePoint now,
+                    StepOutput recycled = {});
 
   // The finish events that no Update has returned yet.
   bool has_pending_events() const { return !pending_finished_.empty(); }
@@ -59,6 +72,7 @@ class Scheduler {
   const std::vector<std::shared_ptr<Sequence>>& running() const { return running_; }
   std::vector<std::shared_ptr<Sequence>> waiting() const;
   const FairQueue& fair_queue() const { return waiting_; }
+  const std::vector<std::shared_ptr<Sequence>>& retiring() const { return retiring_; }  // finished, a row in flight
   const KvCacheManager& kv_cache() const { return kv_cache_; }
   // INTERNAL with the first contradiction between queues, tables, slots and refcounts.
   absl::Status CheckConsistent() const;
@@ -70,25 +84,35 @@ class Scheduler {
     bool prompt_done = false;
   };
 
+  enum class Admission {
+    kStarted,
+    kLacksBlocks,
+    kWaitsForOthers,  // for blocks that another sequence is computing, or for its leader's prompt logprobs
+  };
+
   void EndAbortedAndExpired(TimePoint now);
   void PlanDecodes(TimePoint now, SchedulerOutput& plan);
   void PlanPrefills(SchedulerOutput& plan);
   void AdmitWaiting(TimePoint now, SchedulerOutput& plan);
 
-  // Grows the decoding running_[position] by a token; preempts from the back until it fits. False: it was preempted.
+  // Whether its next row can be planned although its last token may not be read yet.
+  static bool MayRunAhead(const Sequence& sequence);
+  // Whether it gets a right to all its blocks when it starts, and is never preempted afterwards.
+  bool ReservesToCompletion(const Sequence& sequence) const;
+  // Grows the decoding running_[position] by a token; preempts from the back until it fits. False: it cannot run now.
   bool GrowOrPreempt(size_t position, TimePoint now, SchedulerOutput& plan);
-  void PreemptLast(TimePoint now, SchedulerOutput& plan);
-  // A running sequence of the same request that has computed the shareable prefix, or null.
-  const Sequence* FindPrefixOwner(const Sequence& sequence) const;
-  // Whether another sequence of the request is computing what this one can share, or has prompt logprobs to report.
-  bool WaitsForSibling(const Sequence& sequence) const;
-  // False: not enough free blocks; nothing changed.
-  bool TryStart(Sequence& sequence, TimePoint now);
+  void Preempt(size_t position, TimePoint now, SchedulerOutput& plan);
+  // Whether prompt logprobs that come before any token of its request are still to be reported.
+  bool WaitsForPromptLogprobs(const Sequence& sequence) const;
+  // Gives a popped sequence blocks and makes it run. The caller puts it into running_, or back.
+  Admission TryStart(Sequence& sequence, TimePoint now, SchedulerOutput& plan);
   int ChunkLength(const Sequence& sequence, int budget) const;
   void AddToPlan(const std::shared_ptr<Sequence>& sequence, int num_tokens, SchedulerOutput& plan) const;
 
   void ApplyResult(const ScheduledSequence& scheduled, std::span<const engine::ResultRowOutput> rows, TimePoint now,
                    StepOutput& output);
+  void DropResult(const std::shared_ptr<Sequence>& sequence);
+  void EmitPromptDone(const Sequence& sequence, StepOutput& output);
   void ApplySampledToken(const std::shared_ptr<Sequence>& sequence, const engine::ResultRowOutput& row, TimePoint now,
                          StepOutput& output);
   void Finish(const std::shared_ptr<Sequence>& sequence, FinishReason reason, TokenId stop_token = 0);
@@ -104,10 +128,14 @@ class Scheduler {
   std::vector<std::shared_ptr<Sequence>> running_;  // in ServedBefore order
   FairQueue waiting_;
   std::vector<std::shared_ptr<Sequence>> set_aside_;  // popped in this step, but not to be started in it
+  std::vector<std::shared_ptr<Sequence>> retiring_;   // finished, own blocks until their last step is read
+  std::vector<std::pair<std::shared_ptr<Sequence>, FinishReason>> ended_;  // scratch
   int num_queued_ = 0;
   std::vector<int> free_history_slots_;
   std::vector<FinishEvent> pending_finished_;
   uint64_t next_order_ = 0;
+  int num_steps_in_flight_ = 0;
+  bool wants_drain_ = false;
 };
 
 }  // namespace minitron::scheduler

@@ -19,7 +19,9 @@ absl::Status SchedulerOptions::Validate() const {
   RETURN_IF_ERROR(CheckRange("max_running_sequences", max_running_sequences, 0, 65536));
   RETURN_IF_ERROR(CheckRange("max_step_tokens", max_step_tokens, 0, 1048576));
   RETURN_IF_ERROR(CheckRange("max_prefill_chunk", max_prefill_chunk, 1, 1048576));
-  return CheckRange("max_logprob_rows_per_step", max_logprob_rows_per_step, 1, 65536);
+  RETURN_IF_ERROR(CheckRange("max_logprob_rows_per_step", max_logprob_rows_per_step, 1, 65536));
+  RETURN_IF_ERROR(CheckRange("prefix_hash_bits", prefix_hash_bits, 0, 64));
+  return CheckRange("max_preemptions", max_preemptions, 0, 1000000);
 }
 
 RunnerLimits RunnerLimits::Of(const engine::ModelRunner& runner) {

@@ -4,9 +4,23 @@
 #include "absl/status/status.h"
 #include "engine/model_runner.h"
 #include "scheduler/fair_queue.h"
+#include "scheduler/prefix_cache.h"
 #include "scheduler/request.h"
 
 namespace minitron::scheduler {
+
+// Who may use the cached prefixes of whom. Requests with different salts of their own never share.
+enum class PrefixSharing {
+  kRequest,  // the sequences of one request only: no cache across requests
+  kTenant,   // requests of one tenant
+  kAll,      // all requests; time to first token then tells whether somebody sent the same prefix lately
+};
+
+// How much memory a sequence is admitted with.
+enum class AdmissionMode {
+  kOptimistic,  // blocks of the tokens it has; grows, and is preempted at most max_preemptions times for others to grow
+  kReserve,     // blocks for all tokens it may produce; never preempted
+};
 
 struct SchedulerOptions {
   int max_running_sequences = 0;       // [0, 65536]; 0: the runner's limit, which also caps it
@@ -14,6 +28,11 @@ struct SchedulerOptions {
   int max_prefill_chunk = 256;         // [1, 1048576]; prompt tokens of one sequence per step
   int max_logprob_rows_per_step = 64;  // [1, 65536]; prompt logprobs of one sequence per step
   FairQueueOptions fairness = {};
+  PrefixSharing prefix_sharing = PrefixSharing::kTenant;
+  PrefixHashKey prefix_hash_key = {};  // a secret of the process
+  int prefix_hash_bits = 64;           // [0, 64]; fewer for tests of collisions
+  AdmissionMode admission_mode = AdmissionMode::kOptimistic;
+  int max_preemptions = 4;  // [0, 1000000]; of one sequence; after that it is admitted as if in kReserve
 
   // Error: INVALID_ARGUMENT naming the field, its value and its range.
   absl::Status Validate() const;

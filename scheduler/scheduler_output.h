@@ -20,6 +20,8 @@ struct ScheduledSequence {
   int num_prompt_logprobs = 0;
   bool samples = false;
   bool resets_history = false;
+  int output_position = 0;                  // of the sampled token
+  int previous_result_row = engine::kNone;  // the first token is what this result row of the previous step sampled
 
   int num_result_rows() const { return num_prompt_logprobs + (samples ? 1 : 0); }
 };
@@ -30,7 +32,18 @@ struct SchedulerOutput {
   std::vector<RequestId> preempted;  // once per preempted sequence
   int num_tokens = 0;
   int num_prompt_tokens = 0;
+  int num_result_rows = 0;
+  int64_t num_prefix_query_tokens = 0;  // of the sequences that start in this step
+  int64_t num_prefix_hit_tokens = 0;    // of these, what they need not compute
   int block_size = 0;
+
+  // Empty again, with its memory.
+  void Clear() {
+    sequences.clear();
+    preempted.clear();
+    num_tokens = num_prompt_tokens = num_result_rows = 0;
+    num_prefix_query_tokens = num_prefix_hit_tokens = 0;
+  }
 };
 
 }  // namespace minitron::scheduler

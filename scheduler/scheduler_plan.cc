@@ -7,54 +7,78 @@
 
 namespace minitron::scheduler {
 
-SchedulerOutput Scheduler::Schedule(TimePoint now) {
-  EndAbortedAndExpired(now);
-  SchedulerOutput plan;
+SchedulerOutput Scheduler::Schedule(TimePoint now, SchedulerOutput recycled) {
+  SchedulerOutput plan = std::move(recycled);
+  plan.Clear();
   plan.block_size = limits_.block_size;
+  wants_drain_ = false;
+  EndAbortedAndExpired(now);
   PlanDecodes(now, plan);
   PlanPrefills(plan);
-  // A step that had to preempt has no room to hand out; admitting now would take the blocks just won.
-  if (plan.preempted.empty()) AdmitWaiting(now, plan);
-  CHECK(plan.sequences.empty() == (num_live_sequences() == 0));
+  // A step that had to preempt, or will have to, has no room to hand out; admitting would take the blocks just won.
+  if (plan.preempted.empty() && !wants_drain_) AdmitWaiting(now, plan);
+  for (const ScheduledSequence& scheduled : plan.sequences) kv_cache_.NotePlanned(*scheduled.sequence);
+  if (!plan.sequences.empty()) ++num_steps_in_flight_;
+  CHECK(num_steps_in_flight_ > 0 || num_live_sequences() == 0);
   return plan;
 }
 
 void Scheduler::EndAbortedAndExpired(TimePoint now) {
-  std::vector<std::pair<std::shared_ptr<Sequence>, FinishReason>> ended;
-  const auto look = [&ended, now](const std::shared_ptr<Sequence>& sequence) {
+  const auto look = [this, now](const std::shared_ptr<Sequence>& sequence) {
     if (sequence->abort_requested()) {
-      ended.emplace_back(sequence, FinishReason::kCancelled);
+      ended_.emplace_back(sequence, FinishReason::kCancelled);
     } else if (sequence->request().deadline <= now) {
-      ended.emplace_back(sequence, FinishReason::kDeadline);
+      ended_.emplace_back(sequence, FinishReason::kDeadline);
     }
   };
   for (const auto& sequence : running_) look(sequence);
   waiting_.ForEach(look);
-  for (const auto& [sequence, reason] : ended) Finish(sequence, reason);
+  for (const auto& [sequence, reason] : ended_) Finish(sequence, reason);
+  ended_.clear();
+}
+
+bool Scheduler::MayRunAhead(const Sequence& sequence) {
+  if (sequence.num_unread_tokens() == 0) return true;
+  const Request& request = sequence.request();
+  return !request.waits_for_each_token &&
+         sequence.num_output_tokens() + sequence.num_unread_tokens() < request.max_tokens;
 }
 
 void Scheduler::PlanDecodes(TimePoint now, SchedulerOutput& plan) {
   for (size_t i = 0; i < running_.size(); ++i) {
     const std::shared_ptr<Sequence> sequence = running_[i];
-    if (!sequence->is_decoding()) continue;
-    if (GrowOrPreempt(i, now, plan)) AddToPlan(sequence, 1, plan);
+    if (!sequence->is_decoding() || !MayRunAhead(*sequence)) continue;
+    if (GrowOrPreempt(i, now, plan)) {
+      AddToPlan(sequence, 1, plan);
+    } else if (sequence->state() != SequenceState::kRunning) {
+      --i;  // it was taken away; those behind it, if any, moved up
+    }
   }
 }
 
 bool Scheduler::GrowOrPreempt(size_t position, TimePoint now, SchedulerOutput& plan) {
   Sequence& sequence = *running_[position];
-  // Victims come from the back, so none of them is in the plan yet: decodes are planned from the front.
-  while (!kv_cache_.Grow(sequence.num_tokens(), sequence).ok()) {
-    const bool is_last = position + 1 == running_.size();
-    PreemptLast(now, plan);
-    if (is_last) return false;
+  while (!kv_cache_.TryGrow(sequence.num_planned_tokens() + 1, sequence)) {
+    // The last of the order that may be preempted. It is this one or behind it, because this one would need no room
+    // if it could not be; and not in the plan yet, because decodes are planned from the front.
+    size_t victim = running_.size() - 1;
+    while (ReservesToCompletion(*running_[victim])) {
+      CHECK(victim > position);
+      --victim;
+    }
+    if (running_[victim]->num_steps_in_flight() > 0) {
+      wants_drain_ = true;
+      return false;
+    }
+    Preempt(victim, now, plan);
+    if (victim == position) return false;
   }
   return true;
 }
 
-void Scheduler::PreemptLast(TimePoint now, SchedulerOutput& plan) {
-  const std::shared_ptr<Sequence> victim = running_.back();
-  running_.pop_back();
+void Scheduler::Preempt(size_t position, TimePoint now, SchedulerOutput& plan) {
+  const std::shared_ptr<Sequence> victim = running_[position];
+  running_.erase(running_.begin() + static_cast<std::ptrdiff_t>(position));
   ReleaseResources(*victim);
   victim->Preempt();
   plan.preempted.push_back(victim->id());
@@ -63,7 +87,7 @@ void Scheduler::PreemptLast(TimePoint now, SchedulerOutput& plan) {
 
 void Scheduler::PlanPrefills(SchedulerOutput& plan) {
   for (const auto& sequence : running_) {
-    if (sequence->is_decoding()) continue;
+    if (sequence->is_decoding() || sequence->num_wanted_tokens() == 0) continue;
     const int num_tokens = ChunkLength(*sequence, max_step_tokens_ - plan.num_tokens);
     if (num_tokens > 0) AddToPlan(sequence, num_tokens, plan);
   }
@@ -73,14 +97,12 @@ void Scheduler::AdmitWaiting(TimePoint now, SchedulerOutput& plan) {
   while (static_cast<int>(running_.size()) < max_running_sequences_ && plan.num_tokens < max_step_tokens_) {
     const std::shared_ptr<Sequence> sequence = waiting_.Pop(now);
     if (sequence == nullptr) break;
-    if (WaitsForSibling(*sequence)) {
+    const Admission admission = TryStart(*sequence, now, plan);
+    if (admission != Admission::kStarted) {
       set_aside_.push_back(sequence);
-      continue;
-    }
-    if (!TryStart(*sequence, now)) {
       // Nobody overtakes a sequence that lacks blocks: a long prompt would starve behind short ones.
-      set_aside_.push_back(sequence);
-      break;
+      if (admission == Admission::kLacksBlocks) break;
+      continue;
     }
     InsertInOrder(sequence, running_);
     AddToPlan(sequence, ChunkLength(*sequence, max_step_tokens_ - plan.num_tokens), plan);
@@ -89,38 +111,26 @@ void Scheduler::AdmitWaiting(TimePoint now, SchedulerOutput& plan) {
   set_aside_.clear();
 }
 
-const Sequence* Scheduler::FindPrefixOwner(const Sequence& sequence) const {
-  const int num_shareable = kv_cache_.NumShareableTokens(sequence.request());
-  if (num_shareable == 0 || sequence.request().num_sequences == 1) return nullptr;
-  for (const auto& sibling : requests_.at(sequence.id()).sequences) {
-    if (sibling->state() == SequenceState::kRunning && sibling->num_computed_tokens() >= num_shareable) {
-      return sibling.get();
-    }
-  }
-  return nullptr;
+bool Scheduler::WaitsForPromptLogprobs(const Sequence& sequence) const {
+  if (sequence.is_leader()) return false;
+  const Sequence& leader = *requests_.at(sequence.id()).sequences[0];
+  return leader.state() != SequenceState::kFinished && leader.prompt_logprobs_pending();
 }
 
-bool Scheduler::WaitsForSibling(const Sequence& sequence) const {
-  if (sequence.request().num_sequences == 1) return false;
-  const std::vector<std::shared_ptr<Sequence>>& siblings = requests_.at(sequence.id()).sequences;
-  const Sequence& leader = *siblings[0];
-  // No token before the last prompt logprob.
-  if (!sequence.is_leader() && leader.state() != SequenceState::kFinished && leader.prompt_logprobs_pending()) {
-    return true;
+Scheduler::Admission Scheduler::TryStart(Sequence& sequence, TimePoint now, SchedulerOutput& plan) {
+  if (WaitsForPromptLogprobs(sequence)) return Admission::kWaitsForOthers;
+  const KvCacheManager::Prefix prefix = kv_cache_.FindPrefix(sequence);
+  // Waiting for somebody else's work must not take more steps than doing it would.
+  const int max_block_waits = sequence.num_tokens() / options_.max_prefill_chunk + 1;
+  if (prefix.next_is_computing && sequence.num_block_waits() < max_block_waits) {
+    sequence.CountBlockWait();
+    return Admission::kWaitsForOthers;
   }
-  if (kv_cache_.NumShareableTokens(sequence.request()) == 0 || FindPrefixOwner(sequence) != nullptr) return false;
-  // A sibling that runs is on its way to owning the prefix. If the leader is gone, the next in line takes its part.
-  return std::any_of(siblings.begin(), siblings.end(),
-                     [](const auto& sibling) { return sibling->state() == SequenceState::kRunning; });
-}
-
-bool Scheduler::TryStart(Sequence& sequence, TimePoint now) {
-  const Sequence* owner = FindPrefixOwner(sequence);
-  const int num_shareable = owner == nullptr ? 0 : kv_cache_.NumShareableTokens(sequence.request());
-  const int num_new_blocks = kv_cache_.NumBlocksFor(sequence.num_tokens()) - kv_cache_.NumBlocksFor(num_shareable);
-  if (num_new_blocks > kv_cache_.num_free_blocks()) return false;
-  const int num_cached = owner == nullptr ? 0 : kv_cache_.ShareComputedPrefix(*owner, sequence);
-  CHECK(kv_cache_.Grow(sequence.num_tokens(), sequence).ok());
+  const int num_tokens = ReservesToCompletion(sequence) ? sequence.num_prompt_tokens() + sequence.request().max_tokens
+                                                        : sequence.num_tokens();
+  const int num_new_blocks = kv_cache_.NumBlocksFor(num_tokens) - prefix.num_blocks;
+  if (num_new_blocks + prefix.num_idle_blocks > kv_cache_.num_unreserved_blocks()) return Admission::kLacksBlocks;
+  const int num_cached = kv_cache_.Start(prefix, num_tokens, sequence);
   int slot = engine::kNone;
   if (sequence.params().NeedsHistory()) {
     CHECK(!free_history_slots_.empty());
@@ -132,37 +142,43 @@ bool Scheduler::TryStart(Sequence& sequence, TimePoint now) {
   if (!sequence.ever_scheduled()) --num_queued_;
   sequence.Start(num_cached, slot, now);
   waiting_.Started(sequence, num_charged, now);
-  return true;
+  plan.num_prefix_query_tokens += sequence.num_tokens();
+  plan.num_prefix_hit_tokens += num_cached;
+  return Admission::kStarted;
 }
 
 int Scheduler::ChunkLength(const Sequence& sequence, int budget) const {
   int num_tokens = std::min({sequence.num_wanted_tokens(), options_.max_prefill_chunk, budget});
-  if (!sequence.prompt_logprobs_pending()) return num_tokens;
+  if (!sequence.wants_prompt_logprobs()) return num_tokens;
   // Row p reports prompt position p + 1; rows from first_row on report, up to the last but one of the prompt.
-  const int first_row = sequence.next_prompt_logprob() - 1;
+  const int first_row = sequence.next_planned_prompt_logprob() - 1;
   const int end_row = first_row + options_.max_logprob_rows_per_step;
   if (end_row < sequence.num_prompt_tokens() - 1) {
-    num_tokens = std::min(num_tokens, end_row - sequence.num_computed_tokens());
+    num_tokens = std::min(num_tokens, end_row - sequence.num_planned_tokens());
   }
   return num_tokens;
 }
 
 void Scheduler::AddToPlan(const std::shared_ptr<Sequence>& sequence, int num_tokens, SchedulerOutput& plan) const {
-  ScheduledSequence scheduled;
+  ScheduledSequence& scheduled = plan.sequences.emplace_back();
   scheduled.sequence = sequence;
-  scheduled.first_position = sequence->num_computed_tokens();
+  scheduled.first_position = sequence->num_planned_tokens();
   scheduled.num_tokens = num_tokens;
   const int end = scheduled.first_position + num_tokens;
   const int num_prompt = sequence->num_prompt_tokens();
-  if (sequence->prompt_logprobs_pending()) {
-    scheduled.first_prompt_logprob = sequence->next_prompt_logprob();
+  if (sequence->wants_prompt_logprobs()) {
+    scheduled.first_prompt_logprob = sequence->next_planned_prompt_logprob();
     scheduled.num_prompt_logprobs = std::max(0, std::min(end + 1, num_prompt) - scheduled.first_prompt_logprob);
   }
-  scheduled.samples = end == sequence->num_tokens() && sequence->request().max_tokens > 0;
+  scheduled.samples = num_tokens == sequence->num_wanted_tokens() && sequence->request().max_tokens > 0;
   scheduled.resets_history = sequence->history_reset_due();
+  scheduled.output_position = sequence->num_output_tokens() + sequence->num_unread_tokens();
+  if (sequence->num_unread_tokens() > 0) scheduled.previous_result_row = sequence->unread_row();
   plan.num_tokens += num_tokens;
   plan.num_prompt_tokens += std::max(0, std::min(end, num_prompt) - scheduled.first_position);
-  plan.sequences.push_back(std::move(scheduled));
+  plan.num_result_rows += scheduled.num_result_rows();
+  sequence->BeginStep(num_tokens, scheduled.num_prompt_logprobs,
+                      scheduled.samples ? plan.num_result_rows - 1 : engine::kNone);
 }
 
 }  // namespace minitron::scheduler

@@ -1,5 +1,6 @@
 // Scheduler, second half of a step: what the results mean for the sequences and for the world.
 #include <algorithm>
+#include <utility>
 
 #include "engine/base/check.h"
 #include "scheduler/scheduler.h"
@@ -13,8 +14,11 @@ bool Contains(const std::vector<TokenId>& tokens, TokenId token) {
 
 }  // namespace
 
-StepOutput Scheduler::Update(const SchedulerOutput& plan, const engine::StepResult& result, TimePoint now) {
-  StepOutput output;
+StepOutput Scheduler::Update(const SchedulerOutput& plan, const engine::StepResult& result, TimePoint now,
+                             StepOutput recycled) {
+  StepOutput output = std::move(recycled);
+  output.Clear();
+  if (!plan.sequences.empty()) --num_steps_in_flight_;
   const std::span<const engine::ResultRowOutput> rows(result.rows);
   size_t next_row = 0;
   for (const ScheduledSequence& scheduled : plan.sequences) {
@@ -24,49 +28,74 @@ StepOutput Scheduler::Update(const SchedulerOutput& plan, const engine::StepResu
     next_row += num_rows;
   }
   CHECK(next_row == rows.size());
-  output.finished = TakePendingEvents();
+  std::swap(output.finished, pending_finished_);
   output.stats.num_running = static_cast<int>(running_.size());
   output.stats.num_waiting = waiting_.size();
   output.stats.num_blocks_used = kv_cache_.num_used_blocks();
+  output.stats.num_blocks_cached = kv_cache_.num_cached_blocks();
   output.stats.num_blocks = kv_cache_.num_blocks();
   output.stats.num_batch_sequences = static_cast<int>(plan.sequences.size());
   output.stats.num_batch_tokens = plan.num_tokens;
   output.stats.num_prompt_tokens = plan.num_prompt_tokens;
   output.stats.num_preemptions = static_cast<int>(plan.preempted.size());
+  output.stats.num_prefix_query_tokens = plan.num_prefix_query_tokens;
+  output.stats.num_prefix_hit_tokens = plan.num_prefix_hit_tokens;
   output.stats.time = now;
   return output;
+}
+
+void Scheduler::DropResult(const std::shared_ptr<Sequence>& sequence) {
+  sequence->DropStep();
+  if (sequence->state() != SequenceState::kFinished || sequence->num_steps_in_flight() > 0) return;
+  // It ended while this step ran, which was the last to touch its blocks.
+  const auto position = std::find(retiring_.begin(), retiring_.end(), sequence);
+  CHECK(position != retiring_.end());
+  retiring_.erase(position);
+  ReleaseResources(*sequence);
+  sequence->ReleaseSlot();
 }
 
 void Scheduler::ApplyResult(const ScheduledSequence& scheduled, std::span<const engine::ResultRowOutput> rows,
                             TimePoint now, StepOutput& output) {
   const std::shared_ptr<Sequence>& sequence = scheduled.sequence;
-  // Aborted while the step ran: nobody waits for this result.
-  if (sequence->state() != SequenceState::kRunning || sequence->abort_requested()) return;
+  if (sequence->state() == SequenceState::kFinished) return DropResult(sequence);
+  sequence->EndStep(scheduled.num_tokens, scheduled.num_prompt_logprobs);
+  // Nothing is sent after an abort was heard of or the deadline has passed.
+  if (sequence->abort_requested()) return Finish(sequence, FinishReason::kCancelled);
+  if (sequence->request().deadline <= now) return Finish(sequence, FinishReason::kDeadline);
   const bool failed = std::any_of(rows.begin(), rows.end(), [this](const engine::ResultRowOutput& row) {
     return row.failed || row.token_id < 0 || row.token_id >= limits_.vocab_size;
   });
-  if (failed) return Finish(sequence, FinishReason::kError);
-
-  sequence->AdvanceComputed(scheduled.num_tokens);
+  if (failed) {
+    // Whatever broke its rows may be in its blocks.
+    kv_cache_.Distrust(*sequence);
+    return Finish(sequence, FinishReason::kError);
+  }
+  kv_cache_.NoteComputed(*sequence);
   if (scheduled.num_prompt_logprobs > 0) {
     const auto prompt_rows = rows.first(scheduled.num_prompt_logprobs);
     output.prompt_logprobs.push_back({.id = sequence->id(),
                                       .first_position = scheduled.first_prompt_logprob,
                                       .positions = {prompt_rows.begin(), prompt_rows.end()}});
-    sequence->AdvancePromptLogprobs(scheduled.num_prompt_logprobs);
   }
-  LiveRequest& live = requests_.at(sequence->id());
-  if (!live.prompt_done && sequence->num_computed_tokens() >= sequence->num_prompt_tokens()) {
-    live.prompt_done = true;
-    output.prompts_done.push_back({.id = sequence->id(),
-                                   .num_prompt_tokens = sequence->num_prompt_tokens(),
-                                   .num_cached_tokens = sequence->num_cached_tokens()});
+  // Only prompts look their request up: a decode step of many sequences stays in their own memory.
+  if (scheduled.first_position < sequence->num_prompt_tokens() &&
+      sequence->num_computed_tokens() >= sequence->num_prompt_tokens()) {
+    EmitPromptDone(*sequence, output);
   }
   if (scheduled.samples) {
     ApplySampledToken(sequence, rows.back(), now, output);
-  } else if (sequence->num_wanted_tokens() == 0) {
+  } else if (sequence->num_computed_tokens() == sequence->num_tokens()) {
     Finish(sequence, FinishReason::kLength);  // nothing to generate was asked for
   }
+}
+
+void Scheduler::EmitPromptDone(const Sequence& sequence, StepOutput& output) {
+  LiveRequest& live = requests_.at(sequence.id());
+  if (std::exchange(live.prompt_done, true)) return;
+  output.prompts_done.push_back({.id = sequence.id(),
+                                 .num_prompt_tokens = sequence.num_prompt_tokens(),
+                                 .num_cached_tokens = sequence.num_cached_tokens()});
 }
 
 void Scheduler::ApplySampledToken(const std::shared_ptr<Sequence>& sequence, const engine::ResultRowOutput& row,

@@ -5,9 +5,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "engine/batch.h"
+#include "scheduler/prefix_cache.h"
 #include "scheduler/request.h"
 #include "scheduler/step_output.h"
 
@@ -16,18 +18,27 @@ namespace minitron::scheduler {
 using engine::BlockId;
 using BlockTable = std::vector<BlockId>;  // block i holds positions [i*block_size, (i+1)*block_size)
 
+// A sequence's part of the KV cache; KvCacheManager's own.
+struct KvState {
+  BlockTable blocks;
+  int num_reserved = 0;  // blocks it may still take, whatever others need
+  int num_chained = 0;   // leading blocks that the prefix cache knows by their tokens
+  int num_computed = 0;  // of these, those it knows as computed
+  PrefixChain chain;     // behind num_chained blocks
+};
+
 enum class SequenceState {
-  kWaiting,   // owns no blocks: new, waiting for its leader, or preempted
+  kWaiting,   // owns no blocks: new, or preempted
   kRunning,   // owns the blocks of all its tokens
-  kFinished,  // owns nothing; its FinishEvent is made
+  kFinished,  // its FinishEvent is made; owns blocks only as long as a step in flight may touch them
 };
 
 struct FairShareAccount;  // FairQueue's own
 
 class Sequence {
  public:
-  // `order` is the request's place in the order of arrival.
-  Sequence(std::shared_ptr<const Request> request, int index, uint64_t order);
+  // `order` is the request's place in the order of arrival. `cache_salt`: prefixes are shared between equal ones only.
+  Sequence(std::shared_ptr<const Request> request, int index, uint64_t order, std::string cache_salt = {});
 
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
@@ -38,6 +49,7 @@ class Sequence {
   int index() const { return index_; }
   bool is_leader() const { return index_ == 0; }
   uint64_t order() const { return order_; }
+  const std::string& cache_salt() const { return cache_salt_; }
   const SamplingParams& params() const { return params_; }                      // with this sequence's own seed
   const std::vector<TokenId>& banned_tokens() const { return banned_tokens_; }  // before min_tokens
   int num_prompt_tokens() const { return static_cast<int>(request_->prompt_token_ids.size()); }
@@ -49,37 +61,51 @@ class Sequence {
   int num_output_tokens() const { return num_tokens() - num_prompt_tokens(); }
   std::vector<TokenId> OutputTokens() const;
 
-  // Progress. Tokens [0, num_computed_tokens) are in the KV cache; the rest is wanted.
+  // Progress. The rows of tokens [0, num_computed_tokens) have been computed and their results were read; those up to
+  // num_planned_tokens are in steps in flight. The last of these may have sampled tokens that are not read yet.
   SequenceState state() const { return state_; }
   int num_computed_tokens() const { return num_computed_tokens_; }
-  int num_wanted_tokens() const { return num_tokens() - num_computed_tokens_; }
-  bool is_decoding() const { return num_output_tokens() > 0 && num_wanted_tokens() == 1; }
+  int num_planned_tokens() const { return num_planned_tokens_; }
+  int num_unread_tokens() const { return num_unread_tokens_; }
+  int num_wanted_tokens() const { return num_tokens() + num_unread_tokens_ - num_planned_tokens_; }  // rows to plan
+  bool is_decoding() const { return num_output_tokens() + num_unread_tokens_ > 0 && num_wanted_tokens() == 1; }
+  int num_steps_in_flight() const { return num_steps_in_flight_; }
+  int unread_row() const { return unread_row_; }                // result row of the latest step, for its unread token
   int num_cached_tokens() const { return num_cached_tokens_; }  // not computed at its first start: shared
+  int num_block_waits() const { return num_block_waits_; }      // steps it waited for blocks that others computed
   int num_preemptions() const { return num_preemptions_; }
   bool ever_scheduled() const { return ever_scheduled_; }
   bool abort_requested() const { return abort_requested_; }
   int history_slot() const { return history_slot_; }                // or engine::kNone
   bool history_reset_due() const { return history_reset_due_; }     // in its next step
   int next_prompt_logprob() const { return next_prompt_logprob_; }  // first prompt position not reported yet
+  int next_planned_prompt_logprob() const { return next_planned_prompt_logprob_; }  // not in a step in flight either
   bool prompt_logprobs_pending() const { return wants_prompt_logprobs() && next_prompt_logprob_ < num_prompt_tokens(); }
 
   // FairQueue's account of this sequence's tenant; it is null before and after the sequence is live.
   FairShareAccount* fair_share() const { return fair_share_; }
   void set_fair_share(FairShareAccount* account) { fair_share_ = account; }
 
-  const BlockTable& block_table() const { return block_table_; }
-  BlockTable& mutable_block_table() { return block_table_; }  // for KvCacheManager
+  const BlockTable& block_table() const { return kv_.blocks; }
+  const KvState& kv() const { return kv_; }
+  KvState& mutable_kv() { return kv_; }  // for KvCacheManager
 
   // Transitions; each CHECKs that it is legal in the current state.
   void Start(int num_cached_tokens, int history_slot, TimePoint now);  // waiting -> running
-  void Preempt();                                                      // running -> waiting; its blocks are released
-  void Finish();                                                       // any -> finished; its blocks are released
+  void Preempt();      // running -> waiting; nothing is in flight, its blocks are released
+  void Finish();       // any -> finished
+  void ReleaseSlot();  // finished, nothing in flight: its blocks are released and its history slot is free
   void RequestAbort() { abort_requested_ = true; }
+  void CountBlockWait() { ++num_block_waits_; }
 
-  // Results of a step, in this order.
-  void AdvanceComputed(int num_tokens);
-  void AdvancePromptLogprobs(int num_positions) { next_prompt_logprob_ += num_positions; }
+  // A step takes up its next num_tokens rows, of which the last num_prompt_logprobs before the end of the prompt
+  // report; with unread_row other than kNone the last row samples a token, as this result row of the step.
+  void BeginStep(int num_tokens, int num_prompt_logprobs, int unread_row);
+  // The oldest step in flight is read: its part, as it was begun. Then AppendOutput if it samples.
+  void EndStep(int num_tokens, int num_prompt_logprobs);
   void AppendOutput(TokenId token, TimePoint now);
+  // The same, when it has finished meanwhile and nobody wants the results.
+  void DropStep();
 
   FinishEvent MakeFinishEvent(FinishReason reason, TokenId stop_token) const;
 
@@ -87,16 +113,23 @@ class Sequence {
   const std::shared_ptr<const Request> request_;
   const int index_;
   const uint64_t order_;
+  const std::string cache_salt_;
   SamplingParams params_;
   std::vector<TokenId> banned_tokens_;
   std::vector<TokenId> tokens_;
-  BlockTable block_table_;
+  KvState kv_;
   FairShareAccount* fair_share_ = nullptr;  // owned by FairQueue
   SequenceState state_ = SequenceState::kWaiting;
   int num_computed_tokens_ = 0;
+  int num_planned_tokens_ = 0;
+  int num_unread_tokens_ = 0;
+  int num_steps_in_flight_ = 0;
+  int unread_row_ = engine::kNone;
   int num_cached_tokens_ = 0;
   int num_preemptions_ = 0;
+  int num_block_waits_ = 0;
   int next_prompt_logprob_ = 0;
+  int next_planned_prompt_logprob_ = 0;
   int history_slot_ = engine::kNone;
   bool history_reset_due_ = false;
   bool ever_scheduled_ = false;

@@ -55,10 +55,13 @@ struct StepStats {
   int num_blocks = 0;
   int num_batch_sequences = 0;
   int num_batch_tokens = 0;
-  int num_prompt_tokens = 0;  // of num_batch_tokens, those of prompts computed for the first time or again
-  int num_preemptions = 0;    // in this step
-  Duration step_duration{};   // schedule to collected
-  TimePoint time;             // when the results were read
+  int num_prompt_tokens = 0;            // of num_batch_tokens, those of prompts computed for the first time or again
+  int num_preemptions = 0;              // in this step
+  int num_blocks_cached = 0;            // of the blocks not used, those that keep a prefix
+  int64_t num_prefix_query_tokens = 0;  // looked up in the prefix cache by sequences that started in this step
+  int64_t num_prefix_hit_tokens = 0;    // of these, found and not computed
+  Duration step_duration{};             // schedule to collected
+  TimePoint time;                       // when the results were read
 };
 
 struct StepOutput {
@@ -69,6 +72,16 @@ struct StepOutput {
   StepStats stats;
   // Set once, in the last StepOutput ever, when the runner failed: every live request is lost.
   std::string engine_error;
+
+  // Empty again, with its memory.
+  void Clear() {
+    prompt_logprobs.clear();
+    prompts_done.clear();
+    tokens.clear();
+    finished.clear();
+    stats = {};
+    engine_error.clear();
+  }
 };
 
 }  // namespace minitron::scheduler

@@ -64,5 +64,29 @@ TEST(BatchBuilderTest, ChunkAndDecodeRowsBecomeArrays) {
   EXPECT_EQ(batch.results[2].params, nullptr);
 }
 
+TEST(BatchBuilderTest, ATokenNotReadYetIsNamedByItsResultRow) {
+  Scheduler scheduler({}, kLimits);
+  for (RequestId id = 1; id <= 2; ++id) {
+    Request request;
+    request.id = id;
+    request.prompt_token_ids = {10, 11, static_cast<TokenId>(id)};
+    request.max_tokens = 3;
+    scheduler.Add(request, TimePoint{});
+  }
+  const SchedulerOutput first = scheduler.Schedule({});
+  const engine::Batch first_batch = BuildBatch(first);
+  const SchedulerOutput second = scheduler.Schedule({});
+  engine::Batch batch = BuildBatch(second);
+  EXPECT_THAT(batch.token_ids, ElementsAre(engine::TokenFromPreviousResult(0), engine::TokenFromPreviousResult(1)));
+  EXPECT_THAT(batch.positions, ElementsAre(3, 3));
+  EXPECT_EQ(batch.results.at(1).output_position, 1);
+  // Filled again, the same arrays say the same.
+  const int64_t* memory = batch.slot_mapping.data();
+  batch = BuildBatch(second, std::move(batch));
+  EXPECT_THAT(batch.token_ids, ElementsAre(engine::TokenFromPreviousResult(0), engine::TokenFromPreviousResult(1)));
+  EXPECT_THAT(batch.query_start, ElementsAre(0, 1, 2));
+  EXPECT_EQ(batch.slot_mapping.data(), memory);
+}
+
 }  // namespace
 }  // namespace minitron::scheduler

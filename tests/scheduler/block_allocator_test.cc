@@ -2,38 +2,59 @@
 
 #include <set>
 
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
 namespace minitron::scheduler {
 namespace {
 
-TEST(BlockAllocatorTest, AllocateIsAllOrNothing) {
+using ::testing::ElementsAre;
+
+TEST(BlockAllocatorTest, EveryBlockIsHandedOutOnce) {
   BlockAllocator allocator(4);
-  const std::vector<BlockId> first = *allocator.Allocate(3);
-  EXPECT_EQ(std::set<BlockId>(first.begin(), first.end()).size(), 3u);
-  const auto refused = allocator.Allocate(2);
-  EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_EQ(refused.status().message(), "2 KV blocks wanted, 1 of 4 free");
-  EXPECT_EQ(allocator.num_free(), 1);
-  EXPECT_TRUE(allocator.Allocate(1).ok());
-  EXPECT_TRUE(allocator.Allocate(0).ok());
+  std::set<BlockId> blocks;
+  while (allocator.num_available() > 0) blocks.insert(allocator.Allocate());
+  EXPECT_EQ(blocks.size(), 4u);
+  EXPECT_EQ(allocator.num_used(), 4);
 }
 
 TEST(BlockAllocatorTest, ReleaseOfSharedBlockKeepsItInUse) {
   BlockAllocator allocator(2);
-  const BlockId block = allocator.Allocate(1)->front();
+  const BlockId block = allocator.Allocate();
   allocator.Share(block);
-  allocator.Release(block);
+  allocator.Release(block, false);
   EXPECT_EQ(allocator.ref_count(block), 1);
   EXPECT_EQ(allocator.num_used(), 1);
-  allocator.Release(block);
+  allocator.Release(block, false);
   EXPECT_EQ(allocator.num_used(), 0);
+  EXPECT_EQ(allocator.num_free(), 2);
 }
 
-TEST(BlockAllocatorDeathTest, ReleasingAFreeBlockAborts) {
+TEST(BlockAllocatorTest, FreeBlocksGoBeforeCachedAndOfTheseTheOldest) {
+  BlockAllocator allocator(4);
+  BlockId blocks[4];
+  for (BlockId& block : blocks) block = allocator.Allocate();
+  allocator.Release(blocks[2], true);
+  allocator.Release(blocks[0], true);
+  allocator.Release(blocks[3], true);
+  allocator.Release(blocks[1], false);
+  EXPECT_EQ(allocator.num_cached(), 3);
+  EXPECT_THAT(allocator.cached_blocks(), ElementsAre(blocks[2], blocks[0], blocks[3]));
+  allocator.Share(blocks[0]);  // wanted again: in use, not to be handed out
+  EXPECT_EQ(allocator.num_available(), 3);
+  EXPECT_EQ(allocator.Allocate(), blocks[1]);
+  EXPECT_EQ(allocator.Allocate(), blocks[2]);
+  EXPECT_EQ(allocator.Allocate(), blocks[3]);
+  EXPECT_EQ(allocator.num_available(), 0);
+}
+
+TEST(BlockAllocatorDeathTest, ReleasingAFreeBlockOrTakingFromNothingAborts) {
   BlockAllocator allocator(2);
-  EXPECT_DEATH(allocator.Release(0), "ref_count");
+  EXPECT_DEATH(allocator.Release(0, false), "ref_count");
   EXPECT_DEATH(allocator.Share(1), "ref_count");
+  allocator.Allocate();
+  allocator.Allocate();
+  EXPECT_DEATH(allocator.Allocate(), "num_available");
 }
 
 }  // namespace

@@ -84,7 +84,9 @@ TEST_F(SchedulerTest, YoungestOfTheLowestPriorityIsPreemptedAndResumesWithItsTok
   limits.num_kv_blocks = 4;
   Make({}, limits);
   scheduler_->Add(MakeRequest(1, 8, 20), now_);
-  scheduler_->Add(MakeRequest(2, 16, 16), now_);
+  Request other = MakeRequest(2, 16, 16);
+  other.cache_salt = "other";
+  scheduler_->Add(other, now_);
   Step();  // 1 + 2 blocks
   Step();  // 1 takes the last block; 2 needs a third and is its own victim
   EXPECT_THAT(plan_.preempted, ElementsAre(2u));
@@ -112,7 +114,7 @@ TEST_F(SchedulerTest, FollowersWaitForTheLeaderAndShareItsFullBlocks) {
   EXPECT_EQ(scheduler_->kv_cache().num_used_blocks(), 2 + 3);
 }
 
-TEST_F(SchedulerTest, WhenTheLeaderIsAbortedTheNextTakesItsPart) {
+TEST_F(SchedulerTest, WhenTheLeaderIsAbortedTheNextGoesOnFromItsLastFullBlock) {
   Make({.max_prefill_chunk = 10});
   scheduler_->Add(MakeRequest(1, 20, 5, 3), now_);
   Step();
@@ -120,7 +122,7 @@ TEST_F(SchedulerTest, WhenTheLeaderIsAbortedTheNextTakesItsPart) {
   EXPECT_EQ(Step().finished.at(0).reason, FinishReason::kCancelled);
   ASSERT_EQ(plan_.sequences.size(), 1u);
   EXPECT_EQ(plan_.sequences[0].sequence->index(), 1);
-  EXPECT_EQ(plan_.sequences[0].first_position, 0);
+  EXPECT_EQ(plan_.sequences[0].first_position, 8);
 }
 
 TEST_F(SchedulerTest, ResultsOfASequenceAbortedMeanwhileAreDropped) {
@@ -129,8 +131,8 @@ TEST_F(SchedulerTest, ResultsOfASequenceAbortedMeanwhileAreDropped) {
   plan_ = scheduler_->Schedule(now_);
   scheduler_->Abort(1);
   const StepOutput output = scheduler_->Update(plan_, Results(plan_), now_);
-  EXPECT_TRUE(output.tokens.empty() && output.prompts_done.empty() && output.finished.empty());
-  EXPECT_EQ(Step().finished.at(0).reason, FinishReason::kCancelled);
+  EXPECT_TRUE(output.tokens.empty() && output.prompts_done.empty());
+  EXPECT_EQ(output.finished.at(0).reason, FinishReason::kCancelled);
   EXPECT_EQ(scheduler_->kv_cache().num_used_blocks(), 0);
 }
 

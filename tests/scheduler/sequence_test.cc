@@ -24,7 +24,8 @@ TEST(SequenceTest, PreemptionKeepsTokensAndForgetsWhatWasComputed) {
   Sequence sequence(MakeRequest(), 0, 0);
   sequence.Start(0, 3, TimePoint(Duration(5)));
   EXPECT_TRUE(sequence.history_reset_due());
-  sequence.AdvanceComputed(3);
+  sequence.BeginStep(3, 0, 0);
+  sequence.EndStep(3, 0);
   sequence.AppendOutput(20, TimePoint(Duration(6)));
   EXPECT_TRUE(sequence.is_decoding());
   EXPECT_FALSE(sequence.history_reset_due());
@@ -39,6 +40,23 @@ TEST(SequenceTest, PreemptionKeepsTokensAndForgetsWhatWasComputed) {
   EXPECT_EQ(event.num_cached_tokens, 0);  // of the first start
   EXPECT_EQ(event.first_scheduled, TimePoint(Duration(5)));
   EXPECT_EQ(event.first_token, TimePoint(Duration(6)));
+}
+
+TEST(SequenceTest, AnUnreadTokenCountsAsWantedUntilItsRowIsPlanned) {
+  Sequence sequence(MakeRequest(), 0, 0);
+  sequence.Start(0, engine::kNone, TimePoint{});
+  sequence.BeginStep(3, 0, 5);
+  EXPECT_EQ(sequence.num_unread_tokens(), 1);
+  EXPECT_EQ(sequence.unread_row(), 5);
+  EXPECT_TRUE(sequence.is_decoding());
+  sequence.BeginStep(1, 0, 2);
+  EXPECT_EQ(sequence.num_planned_tokens(), 4);
+  EXPECT_EQ(sequence.num_steps_in_flight(), 2);
+  sequence.EndStep(3, 0);
+  sequence.AppendOutput(20, TimePoint{});
+  EXPECT_EQ(sequence.num_computed_tokens(), 3);
+  EXPECT_EQ(sequence.num_unread_tokens(), 1);
+  EXPECT_EQ(sequence.num_wanted_tokens(), 1);
 }
 
 TEST(SequenceTest, EachSequenceHasItsOwnSeedAndBansAllStops) {

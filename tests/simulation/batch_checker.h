@@ -1,6 +1,13 @@
-// BatchChecker: a runner that checks what only the batch shows (budgets, no write to a shared block), then hands it to
-// the fake runner, which checks memory.
+// BatchChecker: a runner that checks what only the batches show (budgets, no write to a shared block, no block given
+// away under a batch in flight, no prefix across salts), then hands them to the fake runner, which checks memory.
 #pragma once
+
+#include <deque>
+#include <map>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "scheduler/engine_core.h"
 #include "tests/simulation/marks.h"
@@ -10,7 +17,7 @@ namespace minitron::simulation {
 
 class BatchChecker : public engine::ModelRunner {
  public:
-  // `options`, `marks` and `violations` must outlive this object.
+  // `marks` and `violations` must outlive this object.
   BatchChecker(const testing::FakeModelRunnerOptions& runner, const scheduler::SchedulerOptions& options, Marks* marks,
                Violations* violations);
 
@@ -18,20 +25,46 @@ class BatchChecker : public engine::ModelRunner {
   void set_core(const scheduler::EngineCore* core) { core_ = core; }
   testing::FakeModelRunner& fake() { return fake_; }
 
+  // Contents (PrefixChain::content) that a sequence shared instead of computing them.
+  const std::set<uint64_t>& hit_contents() const { return hit_contents_; }
+  // Whether every block of the batches in flight has an owner: what is given away must not be touched any more.
+  void CheckBlocksInFlight() const;
+
   absl::Status Submit(const engine::Batch& batch) override;
-  absl::StatusOr<engine::StepResult> Collect() override { return fake_.Collect(); }
+  absl::StatusOr<engine::StepResult> Collect() override;
   const engine::ModelInfo& model_info() const override { return fake_.model_info(); }
   int num_kv_blocks() const override { return fake_.num_kv_blocks(); }
   int block_size() const override { return fake_.block_size(); }
   int max_num_tokens() const override { return fake_.max_num_tokens(); }
   int max_num_sequences() const override { return fake_.max_num_sequences(); }
+  bool submits_asynchronously() const override { return fake_.submits_asynchronously(); }
 
  private:
+  using SequenceKey = std::pair<scheduler::RequestId, int>;
+  // Who wrote a block last.
+  struct Writer {
+    std::string salt;
+    scheduler::RequestId id = 0;
+    std::vector<engine::TokenId> first_tokens;  // of a sequence's first block; else empty
+    bool has_output = false;
+  };
+
+  // The salt a request's prefixes may be shared under, from first principles.
+  std::string SaltOf(const scheduler::Request& request) const;
+  void CheckBudgets(const engine::Batch& batch) const;
+  const scheduler::Sequence* FindWriter(engine::BlockId block) const;
+  void CheckSequence(const engine::Batch& batch, int s);
+  void NoteStart(const scheduler::Sequence& sequence, int num_shared_blocks);
+
   const scheduler::SchedulerOptions options_;
   Marks* const marks_;            // owned by the caller of the constructor
   Violations* const violations_;  // likewise
   testing::FakeModelRunner fake_;
   const scheduler::EngineCore* core_ = nullptr;
+  std::vector<Writer> writers_;            // by block
+  std::map<SequenceKey, int> num_starts_;  // of a sequence: 1 + preemptions
+  std::set<uint64_t> hit_contents_;
+  std::deque<std::vector<engine::BlockId>> blocks_in_flight_;  // by batch
 };
 
 }  // namespace minitron::simulation

@@ -1,13 +1,16 @@
 #include "tests/simulation/swarm.h"
 
+#include <algorithm>
 #include <random>
 #include <string>
+#include <vector>
 
 #include "tests/simulation/world.h"
 
 namespace minitron::simulation {
 namespace {
 
+using engine::TokenId;
 using scheduler::Request;
 using scheduler::RequestId;
 using std::chrono::milliseconds;
@@ -22,12 +25,16 @@ struct Settings {
   double arrival_rate = 0;  // chance of one more request per step
   double abort_rate = 0;
   double deadline_rate = 0;
+  double repeat_rate = 0;      // chance that a prompt begins as another one
+  double clock_jump_rate = 0;  // chance of a minute between two steps
+  int drain_at_step = -1;
+  int kill_at_step = -1;
 };
 
 class Swarm {
  public:
   Swarm(uint64_t seed, Marks* marks)
-      : random_(seed), settings_(DrawSettings()), world_(settings_.world, marks, &violations_) {}
+      : random_(seed), marks_(marks), settings_(DrawSettings()), world_(settings_.world, marks, &violations_) {}
 
   SwarmResult Run();
 
@@ -37,13 +44,17 @@ class Swarm {
 
   Settings DrawSettings();
   Request DrawRequest();
+  std::vector<TokenId> DrawPrompt();
+  void SubmitOne();
   void AbortSome();
 
   std::mt19937_64 random_;
+  Marks* const marks_;  // owned by the test
   Violations violations_;
   const Settings settings_;
   World world_;
   RequestId next_id_ = 1;
+  std::vector<std::vector<TokenId>> texts_;  // that new prompts may begin with
 };
 
 Settings Swarm::DrawSettings() {
@@ -60,10 +71,19 @@ Settings Swarm::DrawSettings() {
   runner.max_context_tokens = s.max_prompt + s.max_output;
   runner.vocab_size = Draw(8, 64);
   runner.nan_one_in = Chance(0.2) ? 100 : 0;
+  runner.wild_token_one_in = Chance(0.2) ? 100 : 0;
+  runner.compute_late = Chance(0.5);
+  runner.fail_at_step = Chance(0.05) ? Draw(0, 60) : -1;
   core.scheduler.max_running_sequences = Chance(0.3) ? Draw(1, 8) : 0;
   core.scheduler.max_step_tokens = Chance(0.3) ? Draw(1, 64) : 0;
   core.scheduler.max_prefill_chunk = Draw(1, 48);
   core.scheduler.max_logprob_rows_per_step = Draw(1, 16);
+  core.scheduler.prefix_sharing = static_cast<scheduler::PrefixSharing>(Draw(0, 2));
+  core.scheduler.prefix_hash_key = {random_(), random_()};
+  core.scheduler.prefix_hash_bits = Chance(0.3) ? Draw(0, 4) : 64;
+  core.scheduler.admission_mode = static_cast<scheduler::AdmissionMode>(Draw(0, 1));
+  core.scheduler.max_preemptions = Draw(0, 4);
+  core.overlap = static_cast<scheduler::Overlap>(Draw(0, 2));
   core.max_queued_requests = Draw(4, 40);
   s.num_requests = Draw(5, 30);
   s.num_tenants = Chance(0.5) ? Draw(2, 4) : 1;
@@ -71,15 +91,29 @@ Settings Swarm::DrawSettings() {
   s.arrival_rate = Chance(0.3) ? 0.95 : 0.3;
   s.abort_rate = Chance(0.5) ? 0.1 : 0.0;
   s.deadline_rate = Chance(0.5) ? 0.3 : 0.0;
+  s.repeat_rate = Chance(0.7) ? 0.8 : 0.0;
+  s.clock_jump_rate = Chance(0.1) ? 0.02 : 0.0;
+  s.drain_at_step = Chance(0.1) ? Draw(0, 100) : -1;
+  s.kill_at_step = Chance(0.05) ? Draw(0, 100) : -1;
   return s;
+}
+
+std::vector<TokenId> Swarm::DrawPrompt() {
+  const int num_tokens = Draw(1, settings_.max_prompt);
+  std::vector<TokenId> prompt;
+  if (!texts_.empty() && Chance(settings_.repeat_rate)) {
+    const std::vector<TokenId>& text = texts_[Draw(0, static_cast<int>(texts_.size()) - 1)];
+    prompt.assign(text.begin(), text.begin() + Draw(0, std::min<int>(num_tokens, static_cast<int>(text.size()))));
+  }
+  while (static_cast<int>(prompt.size()) < num_tokens) prompt.push_back(Draw(0, settings_.world.runner.vocab_size - 1));
+  return prompt;
 }
 
 Request Swarm::DrawRequest() {
   Request request;
   request.id = next_id_++;
-  const int num_prompt = Draw(1, settings_.max_prompt);
-  const int vocab_size = settings_.world.runner.vocab_size;
-  for (int i = 0; i < num_prompt; ++i) request.prompt_token_ids.push_back(Draw(0, vocab_size - 1));
+  request.prompt_token_ids = DrawPrompt();
+  const int num_prompt = static_cast<int>(request.prompt_token_ids.size());
   request.max_tokens = Draw(1, settings_.max_output);
   request.min_tokens = Chance(0.3) ? Draw(0, request.max_tokens) : 0;
   request.num_sequences = Chance(0.4) ? Draw(2, 4) : 1;
@@ -96,9 +130,21 @@ Request Swarm::DrawRequest() {
   if (Chance(0.2)) request.params.frequency_penalty = 0.5f;
   request.priority = Chance(0.3) ? Draw(-1, 1) : 0;
   request.tenant = settings_.num_tenants > 1 ? "t" + std::to_string(Draw(1, settings_.num_tenants)) : "";
+  if (Chance(0.2)) request.cache_salt = "salt";
+  request.waits_for_each_token = Chance(0.1);
   request.arrival = world_.now();
   if (Chance(settings_.deadline_rate)) request.deadline = world_.now() + milliseconds(Draw(1, 60));
   return request;
+}
+
+void Swarm::SubmitOne() {
+  const Request request = DrawRequest();
+  if (!world_.Submit(request)) return;
+  texts_.push_back(request.prompt_token_ids);
+  // What the next turn of a conversation begins with.
+  for (const auto& row : world_.requests().at(request.id).sequences[0].expected.tokens) {
+    texts_.back().push_back(row.token_id);
+  }
 }
 
 void Swarm::AbortSome() {
@@ -118,17 +164,22 @@ SwarmResult Swarm::Run() {
   int num_submitted = 0;
   while (num_submitted < settings_.num_requests || !world_.idle()) {
     while (num_submitted < settings_.num_requests && Chance(settings_.arrival_rate)) {
-      world_.Submit(DrawRequest());
+      SubmitOne();
       ++num_submitted;
     }
     if (Chance(settings_.abort_rate)) AbortSome();
+    if (result.num_steps == settings_.drain_at_step) world_.BeginDrain();
+    if (result.num_steps == settings_.kill_at_step) {
+      marks_->Hit("killed");
+      break;
+    }
     world_.Step();
-    world_.Advance(milliseconds(Draw(0, 2)));
+    world_.Advance(Chance(settings_.clock_jump_rate) ? std::chrono::minutes(1) : milliseconds(Draw(0, 2)));
     // Work is finite: every step computes at least one token, and preemption only repeats what is bounded.
     violations_.Expect(++result.num_steps < 200000, "the work ends");
-    if (!violations_.empty()) break;
+    if (!violations_.empty() || world_.failed()) break;
   }
-  if (violations_.empty()) world_.CheckNothingIsLeft();
+  if (violations_.empty() && world_.idle() && !world_.failed()) world_.CheckNothingIsLeft();
   result.event_hash = world_.event_hash();
   result.violations = violations_.list();
   return result;

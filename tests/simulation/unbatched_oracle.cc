@@ -44,6 +44,8 @@ bool Contains(const std::vector<TokenId>& tokens, TokenId token) {
 OracleOutput RunUnbatched(const scheduler::Request& request, int index, testing::FakeModelRunnerOptions options) {
   options.num_kv_blocks = options.max_context_tokens;
   options.max_num_tokens = options.max_context_tokens;
+  options.compute_late = false;
+  options.fail_at_step = -1;
   testing::FakeModelRunner runner(options);
   engine::SamplingParams params = request.params;
   params.seed = scheduler::SequenceSeed(params.seed, index);
@@ -73,7 +75,10 @@ OracleOutput RunUnbatched(const scheduler::Request& request, int index, testing:
       batch.results.push_back(row);
     }
     std::vector<engine::ResultRowOutput> rows = Run(batch, runner);
-    if (std::any_of(rows.begin(), rows.end(), [](const auto& row) { return row.failed; })) {
+    const auto is_broken = [&options](const engine::ResultRowOutput& row) {
+      return row.failed || row.token_id < 0 || row.token_id >= options.vocab_size;
+    };
+    if (std::any_of(rows.begin(), rows.end(), is_broken)) {
       expected.reason = FinishReason::kError;
       // The rows are still what they are; a chunked run may have reported some before the one that failed.
       if (position == 0) expected.prompt_logprobs = rows;

@@ -28,14 +28,10 @@ bool World::Submit(const Request& request) {
   const int depth = core_.queue_depth();
   const absl::Status status = core_.Submit(request);
   if (!status.ok()) {
-    violations_->Expect(status.code() == absl::StatusCode::kUnavailable, "a refusal is typed:", status.ToString());
-    violations_->Expect(status.GetPayload(scheduler::kReasonTypeUrl) == absl::Cord(scheduler::kReasonQueueFull),
-                        "a refusal names its reason");
-    violations_->Expect(depth + request.num_sequences > options_.core.max_queued_requests,
-                        "only a full queue refuses, not one of", depth);
-    marks_->Hit("refused: queue full");
+    CheckRefusal(request, depth, status);
     return false;
   }
+  violations_->Expect(!draining_ && !failed_, "nothing is accepted by an engine that drains or has failed");
   violations_->Expect(core_.queue_depth() <= options_.core.max_queued_requests, "the queue bound is kept");
   LiveRequest& live = requests_[request.id];
   live.request = request;
@@ -43,6 +39,28 @@ bool World::Submit(const Request& request) {
     live.sequences.push_back({.expected = RunUnbatched(request, i, options_.runner)});
   }
   return true;
+}
+
+void World::CheckRefusal(const Request& request, int depth, const absl::Status& status) {
+  if (failed_) {
+    return violations_->Expect(status.code() == absl::StatusCode::kInternal, "a failed engine says so");
+  }
+  violations_->Expect(status.code() == absl::StatusCode::kUnavailable, "a refusal is typed:", status.ToString());
+  const auto reason = status.GetPayload(scheduler::kReasonTypeUrl);
+  if (draining_) {
+    violations_->Expect(reason == absl::Cord(scheduler::kReasonDraining), "a refusal names its reason");
+    return marks_->Hit("refused: draining");
+  }
+  violations_->Expect(reason == absl::Cord(scheduler::kReasonQueueFull), "a refusal names its reason");
+  violations_->Expect(depth + request.num_sequences > options_.core.max_queued_requests,
+                      "only a full queue refuses, not one of", depth);
+  marks_->Hit("refused: queue full");
+}
+
+void World::BeginDrain() {
+  core_.BeginDrain();
+  draining_ = true;
+  marks_->Hit("drained");
 }
 
 const Sequence* World::Find(RequestId id, int index) const {
@@ -81,19 +99,24 @@ void World::NoteAbort(LiveSequence& live, int index, RequestId id) {
   }
   if (sequence->num_output_tokens() > 0) return marks_->Hit("cancelled in decode");
   marks_->Hit("cancelled in prefill");
-  const int num_shareable = core_.scheduler().kv_cache().NumShareableTokens(sequence->request());
+  const int num_shareable = core_.scheduler().kv_cache().NumShareableTokens(*sequence);
   if (index == 0 && sequence->request().num_sequences > 1 && sequence->num_computed_tokens() < num_shareable) {
     marks_->Hit("leader aborted before sharing");
   }
 }
 
 bool World::Step() {
+  // Who was decoding gets a token, unless it has to wait for one that is not read yet.
+  const bool ahead = options_.core.overlap == scheduler::Overlap::kOn ||
+                     (options_.core.overlap == scheduler::Overlap::kAuto && options_.runner.compute_late);
   std::vector<std::pair<std::shared_ptr<Sequence>, int>> decoding;
   for (const auto& sequence : core_.scheduler().running()) {
-    if (sequence->is_decoding()) decoding.emplace_back(sequence, sequence->num_output_tokens());
+    if (!ahead && sequence->is_decoding()) decoding.emplace_back(sequence, sequence->num_output_tokens());
   }
+  const std::vector<CachedBlock> cached = CachedBlocks();
   step_start_ = now_;
   const bool worked = core_.Step();
+  if (failed_) return worked;
   const absl::Status consistent = core_.scheduler().CheckConsistent();
   violations_->Expect(consistent.ok(), "the scheduler is consistent:", consistent.ToString());
   for (const auto& [sequence, num_tokens] : decoding) {
@@ -102,10 +125,61 @@ bool World::Step() {
                         "a decoding sequence gets a token each step:", sequence->id());
   }
   CheckEnded();
+  CheckRetiring();
   CheckPreemptions();
+  NoteEvictions(cached);
+  NoteWaits();
+  runner_.CheckBlocksInFlight();
   // Whoever still reads a block that is free reads poison.
   for (const int block : core_.scheduler().kv_cache().allocator().free_blocks()) runner_.fake().Poison(block);
   return worked;
+}
+
+std::vector<World::CachedBlock> World::CachedBlocks() const {
+  const scheduler::KvCacheManager& kv = core_.scheduler().kv_cache();
+  std::vector<CachedBlock> cached;
+  for (const engine::BlockId block : kv.allocator().cached_blocks()) {
+    cached.push_back({block, kv.prefix_cache().ChainTo(block), kv.prefix_cache().parent_content(block)});
+  }
+  return cached;
+}
+
+void World::NoteEvictions(const std::vector<CachedBlock>& before) {
+  const scheduler::KvCacheManager& kv = core_.scheduler().kv_cache();
+  for (const CachedBlock& cached : before) {
+    if (kv.prefix_cache().ChainTo(cached.block) == cached.chain) continue;
+    if (runner_.hit_contents().count(cached.chain.content) > 0) marks_->Hit("hit, then evicted");
+    for (const auto& sequence : core_.scheduler().running()) {
+      const scheduler::BlockTable& table = sequence->block_table();
+      const bool shares = std::any_of(table.begin(), table.end(), [&](engine::BlockId block) {
+        return cached.parent_content != 0 && kv.prefix_cache().ChainTo(block).content == cached.parent_content;
+      });
+      if (shares) marks_->Hit("evicted behind a block in use");
+    }
+  }
+}
+
+void World::NoteWaits() {
+  core_.scheduler().fair_queue().ForEach([this](const std::shared_ptr<Sequence>& sequence) {
+    LiveSequence& live = requests_.at(sequence->id()).sequences[sequence->index()];
+    if (sequence->num_block_waits() == live.num_block_waits) return;
+    live.num_block_waits = sequence->num_block_waits();
+    marks_->Hit("waited for a block being computed");
+    const int bound = sequence->num_tokens() / options_.core.scheduler.max_prefill_chunk + 1;
+    violations_->Expect(live.num_block_waits <= bound, "waiting for others' blocks is bounded:", sequence->id());
+    if (live.num_block_waits == bound) marks_->Hit("waited long enough for a block");
+  });
+}
+
+void World::CheckRetiring() {
+  std::set<const Sequence*> retiring;
+  for (const auto& sequence : core_.scheduler().retiring()) {
+    marks_->Hit("blocks held for a row in flight");
+    violations_->Expect(retiring_.count(sequence.get()) == 0,
+                        "an ended sequence gives its blocks back in one step:", sequence->id());
+    retiring.insert(sequence.get());
+  }
+  retiring_ = std::move(retiring);
 }
 
 void World::CheckEnded() {
@@ -125,6 +199,11 @@ void World::CheckPreemptions() {
     if (sequence->num_preemptions() == live.num_preemptions) continue;
     live.num_preemptions = sequence->num_preemptions();
     marks_->Hit("preempted");
+    const int bound = options_.core.scheduler.max_preemptions;
+    violations_->Expect(options_.core.scheduler.admission_mode == scheduler::AdmissionMode::kOptimistic &&
+                            live.num_preemptions <= bound,
+                        "nobody is preempted more often than allowed:", sequence->id());
+    if (live.num_preemptions == bound) marks_->Hit("preempted as often as allowed");
     if (live.num_preemptions == 2) marks_->Hit("preempted twice");
     if (sequence->params().NeedsHistory() && live.num_tokens > 0) marks_->Hit("preempted with history");
     if (sequence->num_output_tokens() == 0) marks_->Hit("preempted in prompt");
@@ -154,7 +233,14 @@ void World::ExpectSame(const ResultRowOutput& actual, const ResultRowOutput& exp
 }
 
 void World::OnStep(StepOutput output) {
-  violations_->Expect(output.engine_error.empty(), "the engine runs on:", output.engine_error);
+  violations_->Expect(!failed_, "nothing comes after the engine's failure");
+  if (!output.engine_error.empty()) {
+    violations_->Expect(options_.runner.fail_at_step >= 0, "the engine runs on:", output.engine_error);
+    failed_ = true;
+    marks_->Hit("engine failed");
+  }
+  violations_->Expect(output.stats.num_prefix_hit_tokens <= output.stats.num_prefix_query_tokens,
+                      "no more tokens are found than looked up");
   for (const auto& event : output.prompt_logprobs) OnPromptLogprobs(event);
   for (const auto& event : output.prompts_done) {
     LiveRequest& live = requests_.at(event.id);
@@ -190,7 +276,7 @@ void World::OnToken(const scheduler::TokenEvent& event) {
   violations_->Expect(live.prompt_done, "no token before PromptDone:", event.id);
   violations_->Expect(!sequence.finished, "no token after the end:", event.id, event.index);
   violations_->Expect(!sequence.abort_sent, "no token after the abort:", event.id, event.index);
-  violations_->Expect(live.request.deadline > step_start_, "no token after the deadline:", event.id, event.index);
+  violations_->Expect(live.request.deadline > now_, "no token after the deadline:", event.id, event.index);
   const bool in_order = event.output_position == static_cast<int>(sequence.num_tokens) &&
                         sequence.num_tokens < sequence.expected.tokens.size();
   violations_->Expect(in_order, "tokens come in order, once, and not too many:", event.id, event.output_position);
@@ -206,13 +292,16 @@ void World::OnFinish(const scheduler::FinishEvent& event) {
   violations_->Expect(event.num_output_tokens == static_cast<int>(sequence.num_tokens) &&
                           event.num_prompt_tokens == static_cast<int>(live.request.prompt_token_ids.size()),
                       "usage counts what was sent:", event.id, event.num_output_tokens, sequence.num_tokens);
+  violations_->Expect(
+      event.num_cached_tokens % options_.runner.block_size == 0 && event.num_cached_tokens < event.num_prompt_tokens,
+      "cached are whole blocks, and never all of the prompt:", event.id, event.num_cached_tokens);
   if (event.index > 0 && event.num_cached_tokens > 0) marks_->Hit("follower shared prefix");
   const bool never_ran = event.first_scheduled == TimePoint{};
   switch (event.reason) {
     case FinishReason::kCancelled:
       return violations_->Expect(sequence.abort_sent, "only the cancelled end as cancelled:", event.id);
     case FinishReason::kDeadline:
-      violations_->Expect(live.request.deadline <= step_start_, "only the expired end by deadline:", event.id);
+      violations_->Expect(live.request.deadline <= now_, "only the expired end by deadline:", event.id);
       if (never_ran) marks_->Hit("deadline in queue");
       if (sequence.num_tokens > 0) marks_->Hit("deadline after tokens");
       return;
@@ -223,7 +312,7 @@ void World::OnFinish(const scheduler::FinishEvent& event) {
 
 void World::CheckOutcome(const LiveRequest& live, const LiveSequence& sequence, const scheduler::FinishEvent& event) {
   violations_->Expect(event.reason == sequence.expected.reason, "the finish reason is the oracle's:", event.id);
-  if (event.reason == FinishReason::kError) return marks_->Hit("row not finite");
+  if (event.reason == FinishReason::kError) return marks_->Hit("row broken");
   violations_->Expect(live.prompt_done, "PromptDone comes before the end:", event.id);
   violations_->Expect(sequence.num_tokens == sequence.expected.tokens.size(), "all tokens are sent:", event.id);
   if (event.index == 0) {

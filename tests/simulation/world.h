@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <vector>
 
 #include "scheduler/engine_core.h"
@@ -25,6 +26,7 @@ struct LiveSequence {
   bool abort_sent = false;
   bool finished = false;
   int num_preemptions = 0;
+  int num_block_waits = 0;
 };
 
 struct LiveRequest {
@@ -53,12 +55,17 @@ class World : public scheduler::StepSink {
   bool Step();
   void Advance(scheduler::Duration duration) { now_ += duration; }
 
+  // No new requests from now on.
+  void BeginDrain();
+
   // Whether everything accepted has ended and everything is given back. Call when idle() is true.
   void CheckNothingIsLeft();
 
   void OnStep(scheduler::StepOutput output) override;
 
-  bool idle() const { return core_.idle(); }
+  // Every sequence has ended, and its last row in flight was read.
+  bool idle() const { return core_.idle() && core_.scheduler().retiring().empty(); }
+  bool failed() const { return failed_; }  // the runner did, as it was told to; nothing is left to check
   scheduler::TimePoint now() const { return now_; }
   const scheduler::EngineCore& core() const { return core_; }
   const std::map<scheduler::RequestId, LiveRequest>& requests() const { return requests_; }
@@ -68,7 +75,19 @@ class World : public scheduler::StepSink {
   const scheduler::Sequence* Find(scheduler::RequestId id, int index) const;
   void NoteAbort(LiveSequence& live, int index, scheduler::RequestId id);
 
+  // Blocks that keep a prefix without an owner, and which.
+  struct CachedBlock {
+    engine::BlockId block;
+    scheduler::PrefixChain chain;
+    uint64_t parent_content;
+  };
+  std::vector<CachedBlock> CachedBlocks() const;
+
+  void CheckRefusal(const scheduler::Request& request, int depth, const absl::Status& status);
   void CheckEnded();
+  void CheckRetiring();
+  void NoteEvictions(const std::vector<CachedBlock>& before);
+  void NoteWaits();
   void CheckPreemptions();
   void OnPromptLogprobs(const scheduler::PromptLogprobsEvent& event);
   void OnToken(const scheduler::TokenEvent& event);
@@ -85,6 +104,9 @@ class World : public scheduler::StepSink {
   BatchChecker runner_;
   scheduler::EngineCore core_;
   std::map<scheduler::RequestId, LiveRequest> requests_;
+  std::set<const scheduler::Sequence*> retiring_;  // since the step before
+  bool draining_ = false;
+  bool failed_ = false;
   uint64_t event_hash_ = 0xCBF29CE484222325ull;
 };
 

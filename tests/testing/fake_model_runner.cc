@@ -58,26 +58,41 @@ absl::Status FakeModelRunner::Submit(const engine::Batch& batch) {
   if (options_.fail_at_step >= 0 && num_steps_ > options_.fail_at_step) return absl::InternalError("fake: lost");
   CHECK(outstanding_.size() < 2);
   CheckWellFormed(batch);
+  outstanding_.push_back({.batch = &batch, .result = {}});
+  if (!options_.compute_late) Compute(outstanding_.back());
+  return absl::OkStatus();
+}
+
+void FakeModelRunner::Compute(Outstanding& step) {
+  const engine::Batch& batch = *step.batch;
+  CheckWellFormed(batch);
   std::vector<TokenId> tokens = batch.token_ids;
-  for (TokenId& token : tokens) {
-    if (!engine::IsFromPreviousResult(token)) continue;
-    const int row = engine::PreviousResultRow(token);
-    CHECK(row < static_cast<int>(previous_tokens_.size()));
-    token = previous_tokens_[row];
+  std::vector<bool> follows_failure(batch.num_sequences(), false);
+  for (int s = 0; s < batch.num_sequences(); ++s) {
+    for (int t = batch.query_start[s]; t < batch.query_start[s + 1]; ++t) {
+      if (!engine::IsFromPreviousResult(tokens[t])) continue;
+      CHECK(t == batch.query_start[s]);
+      const engine::ResultRowOutput& previous = previous_rows_.at(engine::PreviousResultRow(tokens[t]));
+      tokens[t] = previous.token_id;
+      if (!previous.failed && tokens[t] >= 0 && tokens[t] < options_.vocab_size) continue;
+      follows_failure[s] = true;
+      tokens[t] = 0;
+    }
   }
   for (const TokenId token : tokens) CHECK(token >= 0 && token < options_.vocab_size);
   for (const engine::HistoryReset& reset : batch.history_resets) {
     histories_[reset.slot] = {.prompt = reset.prompt, .output = reset.output, .in_use = true};
   }
   WriteKv(batch, tokens);
-  engine::StepResult result;
-  previous_tokens_.clear();
   for (const engine::ResultRow& row : batch.results) {
-    result.rows.push_back(Produce(batch, row, tokens));
-    previous_tokens_.push_back(result.rows.back().token_id);
+    if (!follows_failure[row.sequence]) {
+      step.result.rows.push_back(Produce(batch, row, tokens));
+      continue;
+    }
+    // Nobody reads what follows a failure, and its history is not what the row says.
+    step.result.rows.emplace_back().failed = true;
   }
-  outstanding_.push_back(std::move(result));
-  return absl::OkStatus();
+  previous_rows_ = step.result.rows;
 }
 
 absl::StatusOr<engine::StepResult> FakeModelRunner::Collect() {
@@ -89,7 +104,8 @@ absl::StatusOr<engine::StepResult> FakeModelRunner::Collect() {
     held_ = false;
   }
   CHECK(!outstanding_.empty());
-  engine::StepResult result = std::move(outstanding_.front());
+  if (options_.compute_late) Compute(outstanding_.front());
+  engine::StepResult result = std::move(outstanding_.front().result);
   outstanding_.pop_front();
   if (num_steps_++ == options_.fail_at_step) return absl::InternalError("fake: device lost");
   return result;
@@ -175,6 +191,11 @@ engine::ResultRowOutput FakeModelRunner::Produce(const engine::Batch& batch, con
   output.failed = options_.nan_one_in > 0 && Mix(context, 0x4E614E) % options_.nan_one_in == 0;
   output.token_id = row.target != engine::kNone ? row.target : Sample(context, row, tokens[row.token_row], position);
   if (output.failed) return output;
+  if (options_.wild_token_one_in > 0 && row.target == engine::kNone &&
+      Mix(context, 0x57494C44) % options_.wild_token_one_in == 0) {
+    output.token_id = context % 2 == 0 ? -1 : options_.vocab_size;
+    return output;
+  }
   if (row.history_slot != engine::kNone) histories_[row.history_slot].output.push_back(output.token_id);
   if (row.num_top_logprobs >= 0) {
     output.chosen = MakeLogprob(context, output.token_id);

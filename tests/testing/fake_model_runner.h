@@ -3,7 +3,7 @@
 // It keeps one hash per KV slot, chained over the tokens before it as a transformer's state is, and derives each token
 // and logprob from all slots it reads back through the block table: a wrong, stale or early-freed block changes the
 // output. Like a real runner, a row's result depends on the sequence's tokens, params and output position only.
-// Malformed batches are CHECKed. Unwritten slots hold poison.
+// Malformed batches are CHECKed, when they are submitted and again when they are computed. Unwritten slots hold poison.
 #pragma once
 
 #include <condition_variable>
@@ -27,6 +27,8 @@ struct FakeModelRunnerOptions {
   std::vector<engine::TokenId> eos_token_ids = {1};
   int64_t fail_at_step = -1;  // the Collect of this step, from 0, returns INTERNAL, as does every call after it
   int nan_one_in = 0;         // n: about one in n result rows fails, as a function of its content; 0: none
+  int wild_token_one_in = 0;  // likewise: about one in n samples is outside the vocabulary, as from a broken sampler
+  bool compute_late = false;  // batches are computed when they are collected, as on a device that lags behind the host
   // Overrides the token derived from memory: (last token of the sequence, its position) -> next token.
   std::function<engine::TokenId(engine::TokenId, int)> choose_token = nullptr;
 };
@@ -43,6 +45,7 @@ class FakeModelRunner : public engine::ModelRunner {
   int block_size() const override { return options_.block_size; }
   int max_num_tokens() const override { return options_.max_num_tokens; }
   int max_num_sequences() const override { return options_.max_num_sequences; }
+  bool submits_asynchronously() const override { return options_.compute_late; }
 
   // Overwrites a block, as if another owner had used it.
   void Poison(engine::BlockId block);
@@ -60,6 +63,12 @@ class FakeModelRunner : public engine::ModelRunner {
     bool in_use = false;
   };
 
+  struct Outstanding {
+    const engine::Batch* batch;  // the caller's
+    engine::StepResult result;
+  };
+
+  void Compute(Outstanding& step);
   void CheckWellFormed(const engine::Batch& batch) const;
   void CheckResultRow(const engine::Batch& batch, const engine::ResultRow& row) const;
   void WriteKv(const engine::Batch& batch, const std::vector<engine::TokenId>& tokens);
@@ -72,8 +81,8 @@ class FakeModelRunner : public engine::ModelRunner {
   engine::ModelInfo info_;
   std::vector<uint64_t> slots_;
   std::vector<History> histories_;
-  std::deque<engine::StepResult> outstanding_;
-  std::vector<engine::TokenId> previous_tokens_;  // of the batch submitted last
+  std::deque<Outstanding> outstanding_;
+  std::vector<engine::ResultRowOutput> previous_rows_;  // of the batch computed last
   int64_t num_steps_ = 0;
 
   std::mutex mutex_;  // guards the gate

@@ -88,7 +88,7 @@ void StepObservations::Clear() {
         &decode_time, &inference_time, &prompt_tokens, &generation_tokens}) {
     values->clear();
   }
-  num_prompt_tokens = num_generated_tokens = num_cached_tokens = 0;
+  num_prompt_tokens = num_generated_tokens = 0;
   std::fill(std::begin(outcomes), std::end(outcomes), 0);
   std::fill(std::begin(outcome_seconds), std::end(outcome_seconds), 0.0);
 }
@@ -127,9 +127,9 @@ void Metrics::AddCounts() {
   kv_block_size_ = &AddGauge("minitron_kv_cache_block_size_tokens", "Tokens per KV-cache block.");
   prompt_tokens_ = &AddCounter("minitron_prompt_tokens_total", "Tokens of prompts whose computation ended.");
   generation_tokens_ = &AddCounter("minitron_generation_tokens_total", "Tokens generated.");
-  prefix_queries_ =
-      &AddCounter("minitron_prefix_cache_queries_tokens_total", "Prompt tokens looked up in the prefix cache.");
-  prefix_hits_ = &AddCounter("minitron_prefix_cache_hits_tokens_total", "Prompt tokens found in the prefix cache.");
+  prefix_queries_ = &AddCounter("minitron_prefix_cache_queries_tokens_total", "Tokens looked up in the prefix cache.");
+  prefix_hits_ =
+      &AddCounter("minitron_prefix_cache_hits_tokens_total", "Of the tokens looked up, those found and not computed.");
   preemptions_ = &AddCounter("minitron_preemptions_total", "Sequences that lost their KV blocks to others.");
   write_stalls_ =
       &AddCounter("minitron_stream_write_stalls_total", "Streams cut off because the client stopped reading.");
@@ -244,8 +244,8 @@ void Metrics::RecordStep(const scheduler::StepStats& stats, const StepObservatio
   }
   prompt_tokens_->Increment(static_cast<double>(observations.num_prompt_tokens));
   generation_tokens_->Increment(static_cast<double>(observations.num_generated_tokens));
-  prefix_queries_->Increment(static_cast<double>(observations.num_prompt_tokens));
-  prefix_hits_->Increment(static_cast<double>(observations.num_cached_tokens));
+  prefix_queries_->Increment(static_cast<double>(stats.num_prefix_query_tokens));
+  prefix_hits_->Increment(static_cast<double>(stats.num_prefix_hit_tokens));
   ttft_->Observe(observations.time_to_first_token);
   itl_->Observe(observations.inter_token_latency);
   tpot_->Observe(observations.time_per_output_token);

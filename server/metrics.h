@@ -40,7 +40,6 @@ struct StepObservations {
   std::vector<double> generation_tokens;
   int64_t num_prompt_tokens = 0;
   int64_t num_generated_tokens = 0;
-  int64_t num_cached_tokens = 0;
   int outcomes[kNumCallOutcomes] = {};
   double outcome_seconds[kNumCallOutcomes] = {};  // arrival to end, of the calls in `outcomes`
 

@@ -174,6 +174,14 @@ scheduler::StepStats OutputProcessor::last_stats() const {
   return last_stats_;
 }
 
+StepOutput OutputProcessor::Recycled() {
+  const std::lock_guard<std::mutex> lock(outbox_mutex_);
+  if (recycled_.empty()) return {};
+  StepOutput output = std::move(recycled_.back());
+  recycled_.pop_back();
+  return output;
+}
+
 void OutputProcessor::Process(StepOutput output) {
   observations_.Clear();
   // A token needs to know that it is the last one: the text of a stop token is not part of the answer.
@@ -197,6 +205,8 @@ void OutputProcessor::Process(StepOutput output) {
     base::LogError(absl::StrCat("engine failed error=\"", output.engine_error, "\""));
     FailAll();
   }
+  const std::lock_guard<std::mutex> lock(outbox_mutex_);
+  if (recycled_.size() < options_.max_outbox_steps) recycled_.push_back(std::move(output));
 }
 
 void OutputProcessor::HandleStarted(const scheduler::PromptDoneEvent& event) {
@@ -205,7 +215,6 @@ void OutputProcessor::HandleStarted(const scheduler::PromptDoneEvent& event) {
   call->num_cached_tokens = event.num_cached_tokens;
   if (call->spec.charge != nullptr) call->spec.charge->OnStarted();
   observations_.num_prompt_tokens += event.num_prompt_tokens;
-  observations_.num_cached_tokens += event.num_cached_tokens;
   call->sink->OnStarted({event.num_prompt_tokens, event.num_cached_tokens, std::move(call->prompt_logprobs)});
 }
 

@@ -65,6 +65,7 @@ class OutputProcessor : public scheduler::StepSink {
 
   // scheduler::StepSink; engine thread. Waits while the outbox is full.
   void OnStep(scheduler::StepOutput output) override;
+  scheduler::StepOutput Recycled() override;
 
   // The work of the thread, for tests that have none: one step, and one look at the writes in flight.
   void Process(scheduler::StepOutput output);
@@ -110,7 +111,8 @@ class OutputProcessor : public scheduler::StepSink {
   std::mutex outbox_mutex_;
   std::condition_variable outbox_changed_;
   std::deque<scheduler::StepOutput> outbox_;
-  absl::Status end_status_;  // not OK: EndLiveCalls was asked for
+  absl::Status end_status_;                      // not OK: EndLiveCalls was asked for
+  std::vector<scheduler::StepOutput> recycled_;  // processed; their memory is for steps to come
   bool stopping_ = false;
   std::thread thread_;
 

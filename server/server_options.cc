@@ -62,6 +62,9 @@ const std::vector<Flag>& Flags() {
       Int("max-prefill-chunk", &O::max_prefill_chunk, 1, 65536, "prompt tokens of one request per step"),
       Int("max-context-tokens", &O::max_context_tokens, 0, 1 << 20, "prompt and completion together; 0: the model's"),
       Int("max-queued-requests", &O::max_queued_requests, 1, 1 << 20, "sequences that wait; more are refused"),
+      Text("prefix-cache", &O::prefix_cache, "who shares cached prompts: off, tenant or shared (all)"),
+      Text("admission-mode", &O::admission_mode, "optimistic (may preempt) or reserve (memory for max_tokens)"),
+      Text("overlap", &O::overlap, "plan a step while the one before runs: auto, on or off"),
       Int("default-max-tokens", &O::default_max_tokens, 1, 1 << 20, "tokens to generate when a request does not say"),
       Int("max-receive-mib", &O::max_receive_mib, 1, 256, "largest request message in MiB"),
       Seconds("drain-timeout", &O::drain_timeout_s, 0, 86400, "seconds running requests get to finish on SIGTERM"),
@@ -247,6 +250,9 @@ absl::Status CheckTogether(const ServerOptions& options) {
     return BadValue("--block-size", absl::StrCat(options.block_size), "not a power of two in [8, 256]");
   }
   RETURN_IF_ERROR(CheckOneOf("backend", options.backend, {"auto", "cpu", "cuda"}));
+  RETURN_IF_ERROR(CheckOneOf("prefix-cache", options.prefix_cache, {"off", "tenant", "shared"}));
+  RETURN_IF_ERROR(CheckOneOf("admission-mode", options.admission_mode, {"optimistic", "reserve"}));
+  RETURN_IF_ERROR(CheckOneOf("overlap", options.overlap, {"auto", "on", "off"}));
   RETURN_IF_ERROR(CheckOneOf("quantize", options.quantize, {"none", "int8", "int4"}));
   RETURN_IF_ERROR(CheckOneOf("kv-cache-dtype", options.kv_cache_dtype, {"bf16", "fp32"}));
   RETURN_IF_ERROR(CheckOneOf("log-format", options.log_format, {"text", "json"}));

@@ -38,6 +38,9 @@ struct ServerOptions {
   int max_prefill_chunk = 256;
   int max_context_tokens = 0;
   int max_queued_requests = 256;
+  std::string prefix_cache = "tenant";
+  std::string admission_mode = "optimistic";
+  std::string overlap = "auto";
   int default_max_tokens = 256;
   int max_receive_mib = 4;
   double drain_timeout_s = 30;

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <random>
+
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "engine/base/log.h"
@@ -32,9 +34,30 @@ OutputProcessorOptions MakeOutputOptions(const ServerOptions& options) {
   return result;
 }
 
+// The options' words were checked when they were parsed; the last one is the default.
+scheduler::PrefixSharing ToSharing(const std::string& word) {
+  if (word == "off") return scheduler::PrefixSharing::kRequest;
+  return word == "shared" ? scheduler::PrefixSharing::kAll : scheduler::PrefixSharing::kTenant;
+}
+
+scheduler::Overlap ToOverlap(const std::string& word) {
+  if (word == "off") return scheduler::Overlap::kOff;
+  return word == "on" ? scheduler::Overlap::kOn : scheduler::Overlap::kAuto;
+}
+
+uint64_t RandomWord() {
+  std::random_device device;
+  return uint64_t{device()} << 32 | device();
+}
+
 scheduler::EngineCoreOptions MakeCoreOptions(const ServerOptions& options) {
   scheduler::EngineCoreOptions result;
   result.scheduler.max_prefill_chunk = options.max_prefill_chunk;
+  result.scheduler.prefix_sharing = ToSharing(options.prefix_cache);
+  result.scheduler.prefix_hash_key = {RandomWord(), RandomWord()};
+  result.scheduler.admission_mode =
+      options.admission_mode == "reserve" ? scheduler::AdmissionMode::kReserve : scheduler::AdmissionMode::kOptimistic;
+  result.overlap = ToOverlap(options.overlap);
   result.max_queued_requests = options.max_queued_requests;
   return result;
 }

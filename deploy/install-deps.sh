@@ -4,32 +4,32 @@
 #
 # Usage: deploy/install-deps.sh [build] [test] [clients] [lint] [golden]     (default: build)
 #   build   compilers and libraries for the server and the clients
-#   test    GoogleTest, Google Benchmark, promtool, Python gRPC client
+#   test    GoogleTest, Google Benchmark, Prometheus and promtool, Python with gRPC and YAML
 #   clients the foreign clients of the integration tests, from PyPI into build/venv
 #   lint    clang-format and clang-tidy
 #   golden  PyTorch, only to make the golden files anew (tests/engine/goldens)
 set -euo pipefail
 
 top=$(cd "$(dirname "$0")/.." && pwd)
-tools=$top/build/tools # promtool lands here
+tools=$top/build/tools # promtool and prometheus land here
 
 build_packages=(
   build-essential cmake ninja-build pkg-config ccache git ca-certificates
   libgrpc++-dev libgrpc-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
   prometheus-cpp-dev libcurl4-openssl-dev zlib1g-dev libhwy-dev nlohmann-json3-dev libsentencepiece-dev
 )
-test_packages=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf curl)
+test_packages=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf python3-yaml curl binutils)
 clients_packages=(python3 python3-venv)
 lint_packages=(clang-format clang-tidy)
 golden_packages=(python3 python3-venv python3-torch)
 
 packages=()
-want_promtool=no
+want_prometheus=no
 want_venv=no
 for group in "${@:-build}"; do
   case $group in
     build) packages+=("${build_packages[@]}") ;;
-    test) packages+=("${test_packages[@]}") want_promtool=yes ;;
+    test) packages+=("${test_packages[@]}") want_prometheus=yes ;;
     clients) packages+=("${clients_packages[@]}") want_venv=yes ;;
     lint) packages+=("${lint_packages[@]}") ;;
     golden) packages+=("${golden_packages[@]}") ;;
@@ -70,15 +70,15 @@ if [ ${#missing[@]} -gt 0 ]; then
   as_root apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 "${missing[@]}" >/dev/null
 fi
 
-# promtool comes with the prometheus package, which would also start a Prometheus service: take the one binary.
-if [ $want_promtool = yes ] && ! command -v promtool >/dev/null && [ ! -x "$tools/promtool" ]; then
-  echo "install-deps: fetching promtool"
+# The prometheus package would also start a Prometheus service: take its two binaries.
+if [ $want_prometheus = yes ] && { [ ! -x "$tools/promtool" ] || [ ! -x "$tools/prometheus" ]; }; then
+  echo "install-deps: fetching prometheus and promtool"
   update_once
   mkdir -p "$tools"
   unpack=$(mktemp -d)
   trap 'rm -rf "$unpack"' EXIT
   (cd "$unpack" && apt-get download -qq prometheus 2>/dev/null && dpkg-deb -x prometheus_*.deb .)
-  install -m 755 "$unpack/usr/bin/promtool" "$tools/promtool"
+  install -m 755 "$unpack/usr/bin/promtool" "$unpack/usr/bin/prometheus" "$tools/"
 fi
 
 # Versions are pinned, and the mark keeps the file they came from: a second run does nothing.

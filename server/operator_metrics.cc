@@ -35,6 +35,7 @@ OperatorMetrics::OperatorMetrics(const std::shared_ptr<prometheus::Registry>& re
   tenant_requests_ = &AddCounters("minitron_tenant_requests_total", "Admitted requests that ended, by tenant.");
   tenant_tokens_ = &AddCounters("minitron_tenant_tokens_total", "Prompt and completion tokens used, by tenant.");
   tenant_refusals_ = &AddCounters("minitron_tenant_refusals_total", "Requests over a tenant's limits, by tenant.");
+  TenantOf("other");
   connections_ = &AddGauge("minitron_connections_open", "Client connections that are open.");
   auto& refused = AddCounters("minitron_connections_refused_total", "Connections closed at once, by why.");
   for (const char* reason : {"address_limit", "total_limit", "descriptors", "accept"}) {
@@ -74,7 +75,7 @@ OperatorMetrics::Tenant& OperatorMetrics::TenantOf(const std::string& name) {
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = tenants_.find(name);
   if (found != tenants_.end()) return found->second;
-  const std::string label = tenants_.size() < kMaxTenants ? name : "other";
+  const std::string label = tenants_.size() <= kMaxTenants ? name : "other";
   const auto other = tenants_.find(label);
   if (other != tenants_.end()) return other->second;
   const std::map<std::string, std::string> labels = {{"tenant", label}};

@@ -50,13 +50,15 @@ class ModelRunnerImpl final : public ModelRunner {
                               std::max<int64_t>(kMinLogitsRows, kLogitsBytes / (int64_t{4} * config_.vocab_size)))),
         buffers_(*ops_, config_, limits.max_num_tokens),
         gathered_(ops_->Allocate(logits_rows_ * config_.hidden_size)),
-        logits_(ops_->AllocateFloats(logits_rows_ * config_.vocab_size)) {}
+        logits_(ops_->AllocateFloats(logits_rows_ * config_.vocab_size)) {
+    if constexpr (RecordingOpSet<Ops>) RecordSteps();
+  }
 
   absl::Status Submit(const Batch& batch) override {
     CHECK(num_outstanding_ < kMaxOutstanding);
     CheckBatch(batch);
     const BatchView view = ops_->Upload(batch);
-    const MatrixView<const Element> hidden = Forward(*ops_, config_, weights_, view, buffers_);
+    const MatrixView<const Element> hidden = ForwardOrReplay(view);
     ComputeResults(batch, hidden, outstanding_[(oldest_ + num_outstanding_) % kMaxOutstanding]);
     ++num_outstanding_;
     return absl::OkStatus();
@@ -79,6 +81,23 @@ class ModelRunnerImpl final : public ModelRunner {
 
  private:
   static constexpr int kMaxOutstanding = 2;
+
+  void RecordSteps() {
+    for (const BatchView& view : ops_->StepsToRecord()) {
+      ops_->PrepareStep(view);
+      Forward(*ops_, config_, weights_, view, buffers_);
+      ops_->BeginRecording(view);
+      Forward(*ops_, config_, weights_, view, buffers_);
+      ops_->EndRecording(view);
+    }
+  }
+
+  MatrixView<const Element> ForwardOrReplay(const BatchView& view) {
+    if constexpr (RecordingOpSet<Ops>) {
+      if (ops_->Replay(view)) return {buffers_.normed.data(), view.num_tokens, config_.hidden_size};
+    }
+    return Forward(*ops_, config_, weights_, view, buffers_);
+  }
 
   void ComputeResults(const Batch& batch, MatrixView<const Element> hidden, StepResult& result) {
     const int64_t num_rows = static_cast<int64_t>(batch.results.size());

@@ -97,4 +97,17 @@ concept OpSet = requires(Ops ops, const Batch& batch, const BatchView& view, Wei
   { ops.Wait() } -> std::same_as<absl::Status>;
 };
 
+// An op set that can replay the forward pass of some batches as one piece of work. It names the batches once, at start;
+// for each, the runner runs Forward twice: after PrepareStep (which settles what ops settle on first use) and between
+// BeginRecording and EndRecording, where ops are noted and not run. Later, Replay(view) enqueues the recorded pass and
+// returns true if `view`, from Upload, has one; else Forward has to be called.
+template <typename Ops>
+concept RecordingOpSet = OpSet<Ops> && requires(Ops ops, const BatchView& view) {
+  { *ops.StepsToRecord().begin() } -> std::convertible_to<BatchView>;
+  {ops.PrepareStep(view)};
+  {ops.BeginRecording(view)};
+  {ops.EndRecording(view)};
+  { ops.Replay(view) } -> std::same_as<bool>;
+};
+
 }  // namespace minitron::engine

@@ -1,12 +1,14 @@
-// Runs requests through the CPU runner under a schedule, a scheduler in small: what the tests of the runner's contract
+// Runs requests through a runner under a schedule, a scheduler in small: what the tests of the runner's contract
 // compare.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -69,19 +71,15 @@ inline uint64_t Bits(const TokenLogprob& logprob) {
          uint64_t { static_cast<uint32_t>(logprob.rank) } << 32;
 }
 
+// Makes the runner under test. The model outlives it.
+using MakeRunner = std::function<std::unique_ptr<ModelRunner>(const RandomModel& model, const RunnerLimits& limits)>;
+
 // Runs jobs through a runner under a schedule, a scheduler in small.
 class Driver {
  public:
+  // Over the CPU backend and the small model, packed if the schedule's type says so.
   Driver(const std::vector<Job>& jobs, const Schedule& schedule)
-      : jobs_(jobs),
-        schedule_(schedule),
-        random_(schedule.seed),
-        model_(SmallConfig(), SourceType(schedule.dtype), 77) {
-    const RunnerLimits limits{.block_size = schedule.block_size,
-                              .num_kv_blocks = kNumBlocks,
-                              .max_num_sequences = kMaxSequences,
-                              .max_num_tokens = kMaxTokens,
-                              .max_context_tokens = model_.config().max_position_embeddings};
+      : Driver(jobs, schedule, SmallConfig(), SourceType(schedule.dtype)) {
     NemotronWeights weights = model_.weights();
     if (IsPanels(schedule.dtype)) {
       cpu::ThreadPool pool(2);
@@ -91,11 +89,13 @@ class Driver {
       packed_ = std::make_unique<cpu::PackedWeights>(weights, nullptr, plan, false, pool);
       weights = packed_->weights();
     }
-    runner_ = cpu::CreateCpuModelRunner(model_.config(), weights, nullptr, limits, schedule.threads);
-    for (BlockId block = 0; block < kNumBlocks; ++block) free_blocks_.push_back(block);
-    std::shuffle(free_blocks_.begin(), free_blocks_.end(), random_);
-    for (int slot = 0; slot < kMaxSequences; ++slot) free_slots_.push_back(slot);
-    traces_.resize(jobs.size());
+    runner_ = cpu::CreateCpuModelRunner(model_.config(), weights, nullptr, limits_, schedule.threads);
+  }
+
+  // Over another backend and model.
+  Driver(const std::vector<Job>& jobs, const Schedule& schedule, const NemotronConfig& config, const MakeRunner& make)
+      : Driver(jobs, schedule, config, schedule.dtype) {
+    runner_ = make(model_, limits_);
   }
 
   std::vector<Trace> Run() {
@@ -115,6 +115,22 @@ class Driver {
 
  private:
   static DType SourceType(DType dtype) { return IsPanels(dtype) ? DType::kBf16 : dtype; }
+
+  Driver(const std::vector<Job>& jobs, const Schedule& schedule, const NemotronConfig& config, DType dtype)
+      : jobs_(jobs),
+        schedule_(schedule),
+        random_(schedule.seed),
+        model_(config, dtype, 77),
+        limits_{.block_size = schedule.block_size,
+                .num_kv_blocks = kNumBlocks,
+                .max_num_sequences = kMaxSequences,
+                .max_num_tokens = kMaxTokens,
+                .max_context_tokens = config.max_position_embeddings} {
+    for (BlockId block = 0; block < kNumBlocks; ++block) free_blocks_.push_back(block);
+    std::shuffle(free_blocks_.begin(), free_blocks_.end(), random_);
+    for (int slot = 0; slot < kMaxSequences; ++slot) free_slots_.push_back(slot);
+    traces_.resize(jobs.size());
+  }
 
   void Start(int job) {
     Running& sequence = running_.emplace_back();
@@ -223,6 +239,7 @@ class Driver {
   const Schedule schedule_;
   std::mt19937_64 random_;
   RandomModel model_;
+  const RunnerLimits limits_;
   std::unique_ptr<cpu::PackedWeights> packed_;
   std::unique_ptr<ModelRunner> runner_;
   std::vector<BlockId> free_blocks_;
@@ -231,5 +248,32 @@ class Driver {
   std::vector<std::unique_ptr<InFlight>> in_flight_;
   std::vector<Trace> traces_;
 };
+
+// Prompts of up to max_prompt tokens, all kinds of sampling.
+inline std::vector<Job> RandomJobs(uint64_t seed, int count, int max_prompt = 60) {
+  std::mt19937_64 random(seed);
+  std::vector<Job> jobs(count);
+  for (Job& job : jobs) {
+    job.prompt.resize(1 + random() % max_prompt);
+    for (TokenId& token : job.prompt) token = static_cast<TokenId>(random() % 131);
+    job.num_output = 1 + static_cast<int>(random() % 12);
+    job.params.seed = random();
+    job.params.temperature = random() % 3 == 0 ? 0.0f : 0.9f;
+    if (random() % 2 == 0) job.params.top_k = 20;
+    if (random() % 2 == 0) job.params.top_p = 0.9f;
+    if (random() % 2 == 0) job.params.repetition_penalty = 1.3f;
+    if (random() % 2 == 0) job.params.frequency_penalty = 0.4f;
+    job.prompt_logprobs = random() % 2 == 0;
+  }
+  return jobs;
+}
+
+inline void ExpectSame(const std::vector<Trace>& expected, const std::vector<Trace>& actual, const std::string& what) {
+  ASSERT_EQ(expected.size(), actual.size());
+  for (size_t job = 0; job < expected.size(); ++job) {
+    EXPECT_EQ(expected[job].tokens, actual[job].tokens) << what << ", job " << job;
+    EXPECT_EQ(expected[job].logprob_bits, actual[job].logprob_bits) << what << ", job " << job;
+  }
+}
 
 }  // namespace minitron::engine

@@ -13,32 +13,6 @@
 namespace minitron::engine {
 namespace {
 
-std::vector<Job> RandomJobs(uint64_t seed, int count) {
-  std::mt19937_64 random(seed);
-  std::vector<Job> jobs(count);
-  for (Job& job : jobs) {
-    job.prompt.resize(1 + random() % 60);
-    for (TokenId& token : job.prompt) token = static_cast<TokenId>(random() % 131);
-    job.num_output = 1 + static_cast<int>(random() % 12);
-    job.params.seed = random();
-    job.params.temperature = random() % 3 == 0 ? 0.0f : 0.9f;
-    if (random() % 2 == 0) job.params.top_k = 20;
-    if (random() % 2 == 0) job.params.top_p = 0.9f;
-    if (random() % 2 == 0) job.params.repetition_penalty = 1.3f;
-    if (random() % 2 == 0) job.params.frequency_penalty = 0.4f;
-    job.prompt_logprobs = random() % 2 == 0;
-  }
-  return jobs;
-}
-
-void ExpectSame(const std::vector<Trace>& expected, const std::vector<Trace>& actual, const std::string& what) {
-  ASSERT_EQ(expected.size(), actual.size());
-  for (size_t job = 0; job < expected.size(); ++job) {
-    EXPECT_EQ(expected[job].tokens, actual[job].tokens) << what << ", job " << job;
-    EXPECT_EQ(expected[job].logprob_bits, actual[job].logprob_bits) << what << ", job " << job;
-  }
-}
-
 class ModelRunnerTest : public testing::TestWithParam<DType> {
  protected:
   // One request at a time, each prompt in as few steps as the batch allows.

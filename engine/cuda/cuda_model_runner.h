@@ -1,0 +1,41 @@
+// The CUDA backend's runner: ModelRunnerImpl over CudaOps, and what it takes to get there.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/cuda/matmul.h"
+#include "engine/model_config.h"
+#include "engine/model_runner.h"
+#include "engine/model_runner_impl.h"
+#include "engine/nemotron_weights.h"
+
+namespace minitron::engine::cuda {
+
+inline constexpr int kMinComputeCapability = 80;  // mma on bf16, cp.async
+
+// Takes the first device. Errors: FAILED_PRECONDITION: no device, no driver, or older than kMinComputeCapability.
+struct DeviceInfo {
+  int compute_capability = 0;  // 10 * major + minor
+  int num_processors = 0;
+  int64_t free_bytes = 0;
+  int64_t total_bytes = 0;
+};
+absl::StatusOr<DeviceInfo> OpenDevice();
+
+// Bytes of KV cache one token takes: keys and values of every layer and kv head, bf16.
+int64_t KvBytesPerToken(const NemotronConfig& config);
+
+// Copies the weights to the device (`weights` may go afterwards), allocates everything and records the decode steps.
+// limits.num_kv_blocks 0: as many blocks as the memory left holds, but no more than every sequence's full context.
+// Prints the memory it took as a table on the log. After it returns, nothing is allocated on the device but for steps
+// with thousands of logit biases. Errors: INVALID_ARGUMENT (a shape without a kernel), RESOURCE_EXHAUSTED (memory),
+// INTERNAL (the device failed).
+absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaModelRunner(const NemotronConfig& config,
+                                                                   const NemotronWeights& weights, RunnerLimits limits,
+                                                                   const DeviceInfo& device,
+                                                                   std::unique_ptr<MatMul> matmul);
+
+}  // namespace minitron::engine::cuda

@@ -1,0 +1,270 @@
+#include "engine/cuda/cuda_ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "engine/base/check.h"
+#include "engine/base/status_macros.h"
+
+namespace minitron::engine::cuda {
+namespace {
+
+// Attention blocks resident per processor, times a few so that a late one finds work; more only wait.
+constexpr int kBlocksPerProcessor = 12;
+// Result rows the sampler works on at a time; as many as logits are made at a time (model_runner_impl.h).
+int SampleRows(const NemotronConfig& config, const RunnerLimits& limits) {
+  return static_cast<int>(std::min<int64_t>(
+      limits.max_num_tokens, std::max<int64_t>(kMinLogitsRows, kLogitsBytes / (int64_t{4} * config.vocab_size))));
+}
+constexpr int64_t kSampleArrayBytes = 256 << 10;  // grows for steps with thousands of biases or long histories
+
+absl::Status CheckShape(const char* name, int64_t value, bool good, const char* limit) {
+  if (good) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("the cuda backend has no kernel for ", name, " ", value, ": ", limit));
+}
+
+absl::Status CheckShapes(const NemotronConfig& config, const RunnerLimits& limits) {
+  const auto multiple_of_8 = [](int64_t value) { return value % 8 == 0; };
+  RETURN_IF_ERROR(
+      CheckShape("head_dim", config.head_dim, config.head_dim == 64 || config.head_dim == 128, "64 or 128"));
+  RETURN_IF_ERROR(CheckShape("query heads per key/value head", config.group_size(),
+                             config.group_size() >= 1 && config.group_size() <= kMaxGroupSize, "1 to 8"));
+  RETURN_IF_ERROR(CheckShape("hidden_size", config.hidden_size,
+                             multiple_of_8(config.hidden_size) && config.hidden_size <= kMaxNormCols,
+                             "a multiple of 8 up to 24576"));
+  RETURN_IF_ERROR(CheckShape("intermediate_size", config.intermediate_size, multiple_of_8(config.intermediate_size),
+                             "a multiple of 8"));
+  RETURN_IF_ERROR(CheckShape("rotary_dim", config.rotary_dim,
+                             config.rotary_dim % 2 == 0 && config.rotary_dim <= config.head_dim,
+                             "even, at most head_dim"));
+  RETURN_IF_ERROR(CheckShape("vocab_size", config.vocab_size, config.vocab_size <= kMaxSamplerVocab, "at most 524288"));
+  return CheckShape("block_size", limits.block_size, (limits.block_size & (limits.block_size - 1)) == 0,
+                    "a power of two");
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Create(const NemotronConfig& config, const RunnerLimits& limits,
+                                                         std::unique_ptr<cuda::MatMul> matmul, int num_processors) {
+  RETURN_IF_ERROR(CheckShapes(config, limits));
+  std::unique_ptr<CudaOps> ops(new CudaOps(config, limits, std::move(matmul), num_processors));
+  RETURN_IF_ERROR(ops->AllocateAll());
+  return ops;
+}
+
+CudaOps::CudaOps(const NemotronConfig& config, const RunnerLimits& limits, std::unique_ptr<cuda::MatMul> matmul,
+                 int num_processors)
+    : config_(config), limits_(limits), num_processors_(num_processors), matmul_(std::move(matmul)) {
+  while ((1 << block_shift_) < limits.block_size) ++block_shift_;
+}
+
+CudaOps::~CudaOps() {
+  if (stream_.get() != nullptr) cudaStreamSynchronize(stream_.get());
+}
+
+template <typename T>
+absl::Status CudaOps::AllocateInto(DeviceBuffer<T>& buffer, int64_t count, const char* name) {
+  absl::StatusOr<DeviceBuffer<T>> allocated = DeviceBuffer<T>::Allocate(count);
+  const int64_t num_bytes = count * static_cast<int64_t>(sizeof(T));
+  if (!allocated.ok()) {
+    return absl::Status(allocated.status().code(),
+                        absl::StrCat(allocated.status().message(), " for ", num_bytes, " bytes of ", name));
+  }
+  buffer = *std::move(allocated);
+  for (MemoryUse& use : memory_use_) {
+    if (std::strcmp(use.name, name) == 0) {
+      use.num_bytes += num_bytes;
+      return absl::OkStatus();
+    }
+  }
+  memory_use_.push_back({name, num_bytes});
+  return absl::OkStatus();
+}
+
+template <typename T>
+DeviceBuffer<T> CudaOps::AllocateOrFail(int64_t count, const char* name) {
+  DeviceBuffer<T> buffer;
+  if (status_.ok()) Check(AllocateInto(buffer, count, name));
+  return buffer;
+}
+template DeviceBuffer<Bf16> CudaOps::AllocateOrFail<Bf16>(int64_t, const char*);
+template DeviceBuffer<float> CudaOps::AllocateOrFail<float>(int64_t, const char*);
+template DeviceBuffer<unsigned char> CudaOps::AllocateOrFail<unsigned char>(int64_t, const char*);
+
+absl::Status CudaOps::AllocateAll() {
+  ASSIGN_OR_RETURN(stream_, CreateStream());
+  const int64_t cache =
+      int64_t{config_.num_layers} * (limits_.num_kv_blocks + 1) * limits_.block_size * config_.key_value_width();
+  RETURN_IF_ERROR(AllocateInto(keys_, cache, "kv cache"));
+  RETURN_IF_ERROR(AllocateInto(values_, cache, "kv cache"));
+  RETURN_IF_ERROR(UploadRopeTables());
+  const int64_t max_items = int64_t{limits_.max_num_sequences} * MaxChunks();
+  const int64_t partial = PartialFloats(config_.num_key_value_heads, config_.head_dim);
+  RETURN_IF_ERROR(AllocateInto(partials_, max_items * partial, "attention partials"));
+  const int blocks_per_sequence = (limits_.max_context_tokens + limits_.block_size - 1) / limits_.block_size;
+  const ForwardCounts most{.rows = limits_.max_num_tokens,
+                           .sequences = limits_.max_num_sequences,
+                           .items = static_cast<int>(max_items),
+                           .merge_rows = limits_.max_num_sequences,
+                           .tiles = limits_.max_num_tokens,
+                           .block_ids = limits_.max_num_sequences * (blocks_per_sequence + 1)};
+  RETURN_IF_ERROR(AllocateInto(forward_arrays_, ForwardLayout(most).end, "step arrays"));
+  RETURN_IF_ERROR(AllocateInto(sample_arrays_, kSampleArrayBytes, "step arrays"));
+  const int64_t rows = max_sample_rows_ = SampleRows(config_, limits_);
+  const int64_t vocab = config_.vocab_size, tiles = NumSampleTiles(config_.vocab_size);
+  RETURN_IF_ERROR(AllocateInto(states_, rows * SampleStateBytes(), "sampler"));
+  RETURN_IF_ERROR(AllocateInto(edited_, rows * vocab, "sampler"));
+  RETURN_IF_ERROR(AllocateInto(bin_masses_, rows * kRadixBins, "sampler"));
+  RETURN_IF_ERROR(AllocateInto(bin_counts_, rows * kRadixBins, "sampler"));
+  RETURN_IF_ERROR(AllocateInto(tile_masses_, rows * tiles, "sampler"));
+  RETURN_IF_ERROR(AllocateInto(tile_tops_, rows * tiles * kMaxTopLogprobs, "sampler"));
+  RETURN_IF_ERROR(AllocateInto(history_, int64_t{2} * limits_.max_num_sequences * vocab, "token histories"));
+  RETURN_IF_ERROR(AllocateInto(result_tokens_, MaxResults(), "results"));
+  RETURN_IF_ERROR(AllocateInto(outputs_, MaxResults(), "results"));
+  RETURN_IF_ERROR(AllocateInto(top_, int64_t{MaxResults()} * kMaxTopLogprobs, "results"));
+  RETURN_IF_ERROR(AllocateSlots());
+  const auto clear = [this](auto& buffer) {
+    return ToStatus(cudaMemsetAsync(buffer.data(), 0, buffer.size() * sizeof(*buffer.data()), stream_.get()), "memset");
+  };
+  RETURN_IF_ERROR(clear(bin_masses_));
+  RETURN_IF_ERROR(clear(bin_counts_));
+  RETURN_IF_ERROR(clear(history_));
+  return ToStatus(cudaStreamSynchronize(stream_.get()), "stream");
+}
+
+absl::Status CudaOps::AllocateSlots() {
+  const int64_t results = int64_t{MaxResults()} * (sizeof(SampleOutput) + kMaxTopLogprobs * sizeof(TopLogprob));
+  for (Slot& slot : slots_) {
+    ASSIGN_OR_RETURN(slot.forward, PinnedBuffer::Allocate(forward_arrays_.size()));
+    ASSIGN_OR_RETURN(slot.sample, PinnedBuffer::Allocate(kSampleArrayBytes));
+    ASSIGN_OR_RETURN(slot.results, PinnedBuffer::Allocate(results));
+    ASSIGN_OR_RETURN(slot.done, CreateEvent());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaOps::UploadRopeTables() {
+  // fp32 throughout, as in Hugging Face: the rounding of a large angle is part of the model.
+  const int half = config_.rotary_dim / 2;
+  const int64_t count = std::max<int64_t>(1, int64_t{limits_.max_context_tokens} * half);
+  ASSIGN_OR_RETURN(const PinnedBuffer staging, PinnedBuffer::Allocate(2 * count * static_cast<int64_t>(sizeof(float))));
+  auto* cosines = reinterpret_cast<float*>(staging.data());
+  float* sines = cosines + count;
+  for (int j = 0; j < half; ++j) {
+    const float exponent = static_cast<float>(2 * j) / static_cast<float>(config_.rotary_dim);
+    const float inverse_frequency = 1.0f / std::pow(config_.rope_theta, exponent);
+    for (int position = 0; position < limits_.max_context_tokens; ++position) {
+      const float angle = static_cast<float>(position) * inverse_frequency;
+      cosines[int64_t{position} * half + j] = std::cos(angle);
+      sines[int64_t{position} * half + j] = std::sin(angle);
+    }
+  }
+  RETURN_IF_ERROR(AllocateInto(cosines_, count, "rotary tables"));
+  RETURN_IF_ERROR(AllocateInto(sines_, count, "rotary tables"));
+  const size_t num_bytes = static_cast<size_t>(count) * sizeof(float);
+  const auto copy = [&](float* to, const float* from) {
+    return ToStatus(cudaMemcpyAsync(to, from, num_bytes, cudaMemcpyHostToDevice, stream_.get()), "copy to device");
+  };
+  RETURN_IF_ERROR(copy(cosines_.data(), cosines));
+  RETURN_IF_ERROR(copy(sines_.data(), sines));
+  return ToStatus(cudaStreamSynchronize(stream_.get()), "stream");  // before the staging memory goes
+}
+
+void CudaOps::Check(const absl::Status& status) {
+  if (status_.ok()) status_ = status;
+}
+void CudaOps::Check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) Check(ToStatus(error, what));
+}
+
+void CudaOps::Embed(const BatchView& batch, const WeightView& embedding, Matrix out) {
+  if (!status_.ok()) return;
+  CHECK(embedding.dtype == DType::kBf16 && out.rows == batch.num_tokens && out.cols == embedding.cols);
+  Check(CopyRows(static_cast<const Bf16*>(embedding.data), batch.token_ids, result_tokens_.data(),
+                 static_cast<int>(out.rows), static_cast<int>(out.cols), out.data, stream_.get()),
+        "embed");
+}
+
+void CudaOps::AddLayerNorm1p(Matrix residual, ConstMatrix delta, const WeightView& weight, const WeightView& bias,
+                             float eps, Matrix out) {
+  if (!status_.ok()) return;
+  CHECK(out.rows == residual.rows && out.cols == residual.cols);
+  CHECK(weight.dtype == DType::kF32 && bias.dtype == DType::kF32 && weight.size() == residual.cols);
+  Check(cuda::AddLayerNorm1p(residual.data, delta.data, static_cast<const float*>(weight.data),
+                             static_cast<const float*>(bias.data), eps, static_cast<int>(residual.rows),
+                             static_cast<int>(residual.cols), out.data, stream_.get()),
+        "norm");
+}
+
+void CudaOps::MatMul(ConstMatrix x, const WeightView& w, Matrix out) {
+  if (!status_.ok()) return;
+  CHECK(w.dtype == DType::kBf16 && x.cols == w.cols && out.cols == w.rows && out.rows == x.rows);
+  Check(matmul_->Run(x.data, static_cast<const Bf16*>(w.data), static_cast<int>(x.rows), static_cast<int>(w.rows),
+                     static_cast<int>(w.cols), out.data, stream_.get()));
+}
+
+void CudaOps::MatMul(ConstMatrix x, const WeightView& w, MatrixView<float> out) {
+  if (!status_.ok()) return;
+  CHECK(w.dtype == DType::kBf16 && x.cols == w.cols && out.cols == w.rows && out.rows == x.rows);
+  Check(matmul_->Run(x.data, static_cast<const Bf16*>(w.data), static_cast<int>(x.rows), static_cast<int>(w.rows),
+                     static_cast<int>(w.cols), out.data, stream_.get()));
+}
+
+KvCacheView CudaOps::CacheOf(int layer) const {
+  const int64_t offset = int64_t{layer} * (limits_.num_kv_blocks + 1) * limits_.block_size * config_.key_value_width();
+  return {keys_.data() + offset, values_.data() + offset, config_.num_key_value_heads, block_shift_};
+}
+
+void CudaOps::RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstMatrix k, ConstMatrix v) {
+  if (!status_.ok()) return;
+  CHECK(q.rows == batch.num_tokens && k.rows == q.rows && v.rows == q.rows && q.cols == config_.query_width());
+  const RopeParams params{q.data,
+                          k.data,
+                          v.data,
+                          batch.positions,
+                          batch.slot_mapping,
+                          cosines_.data(),
+                          sines_.data(),
+                          CacheOf(layer),
+                          config_.num_attention_heads,
+                          config_.head_dim,
+                          config_.rotary_dim};
+  Check(cuda::RopeAndStoreKv(params, static_cast<int>(q.rows), stream_.get()), "rope");
+}
+
+void CudaOps::PagedAttention(const BatchView& batch, int layer, ConstMatrix q, Matrix out) {
+  if (!status_.ok()) return;
+  CHECK(q.rows == batch.num_tokens && out.rows == q.rows && out.cols == q.cols);
+  constexpr float kLog2E = 1.44269504f;
+  const AttentionParams params{q.data,
+                               out.data,
+                               CacheOf(layer),
+                               batch.block_ids,
+                               batch.block_start,
+                               config_.group_size(),
+                               config_.head_dim,
+                               kLog2E / std::sqrt(static_cast<float>(config_.head_dim))};
+  if (counts_.items > 0) {
+    const int max_blocks = std::min(counts_.items, kBlocksPerProcessor * num_processors_);
+    Check(DecodeAttention(params, ForwardArray<DecodeItem>(layout_.items), ForwardArray<MergeRow>(layout_.merge_rows),
+                          ForwardArray<DecodeCounts>(layout_.counts), partials_.data(), max_blocks, counts_.merge_rows,
+                          stream_.get()),
+          "decode attention");
+  }
+  if (counts_.tiles > 0) {
+    Check(PrefillAttention(params, ForwardArray<PrefillTile>(layout_.tiles), counts_.tiles, stream_.get()),
+          "prefill attention");
+  }
+}
+
+void CudaOps::SquaredRelu(Matrix x) {
+  if (!status_.ok()) return;
+  Check(cuda::SquaredRelu(x.data, x.rows * x.cols, stream_.get()), "squared relu");
+}
+
+static_assert(OpSet<CudaOps>);
+static_assert(RecordingOpSet<CudaOps>);
+
+}  // namespace minitron::engine::cuda

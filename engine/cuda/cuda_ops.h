@@ -1,0 +1,173 @@
+// CudaOps: the op set of ops.h on a device, bf16 activations and weights, fp32 norms and logits.
+//
+// One stream. A step is: one copy of its arrays from pinned memory, the forward pass (replayed from a recorded graph
+// when every sequence has one row), sampling, one copy of the results back. Nothing waits until Wait; sampled tokens
+// stay on the device for the step behind. Two steps may be under way: their pinned memory takes turns.
+//
+// Errors: an op cannot return one, so the first is kept, later ops do nothing, and Wait reports it.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "engine/cuda/device_memory.h"
+#include "engine/cuda/kernels.h"
+#include "engine/cuda/matmul.h"
+#include "engine/cuda/sampler.h"
+#include "engine/cuda/step_arrays.h"
+#include "engine/model_config.h"
+#include "engine/model_runner_impl.h"
+#include "engine/ops.h"
+
+namespace minitron::engine::cuda {
+
+// Bytes of device memory by purpose, for the table printed at start.
+struct MemoryUse {
+  const char* name;
+  int64_t num_bytes;
+};
+
+// Engine thread only. Owns the KV cache, the histories and all work space.
+class CudaOps {
+ public:
+  using Element = Bf16;
+  using Buffer = DeviceBuffer<Bf16>;
+  using FloatBuffer = DeviceBuffer<float>;
+  using Matrix = MatrixView<Bf16>;
+  using ConstMatrix = MatrixView<const Bf16>;
+
+  // Allocates everything but the activations. `num_processors` of the device bounds the attention's grid.
+  // Errors: INVALID_ARGUMENT for a shape without a kernel (names value and limit), else as ToStatus.
+  static absl::StatusOr<std::unique_ptr<CudaOps>> Create(const NemotronConfig& config, const RunnerLimits& limits,
+                                                         std::unique_ptr<MatMul> matmul, int num_processors);
+  // Waits for the device, so that nothing runs on freed memory.
+  ~CudaOps();
+
+  Buffer Allocate(int64_t count) { return AllocateOrFail<Bf16>(count, "activations"); }
+  FloatBuffer AllocateFloats(int64_t count) { return AllocateOrFail<float>(count, "logits"); }
+
+  BatchView Upload(const Batch& batch);
+  void Embed(const BatchView& batch, const WeightView& embedding, Matrix out);
+  void AddLayerNorm1p(Matrix residual, ConstMatrix delta, const WeightView& weight, const WeightView& bias, float eps,
+                      Matrix out);
+  void MatMul(ConstMatrix x, const WeightView& w, Matrix out);
+  void MatMul(ConstMatrix x, const WeightView& w, MatrixView<float> out);
+  void RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstMatrix k, ConstMatrix v);
+  void PagedAttention(const BatchView& batch, int layer, ConstMatrix q, Matrix out);
+  void SquaredRelu(Matrix x);
+  void GatherRows(ConstMatrix x, const int32_t* rows, Matrix out);
+  void Sample(MatrixView<float> logits, absl::Span<const ResultRow> rows, int first_row,
+              absl::Span<ResultRowOutput> outputs);
+  absl::Status Wait();
+
+  // Recorded steps (RecordingOpSet): one per size, the last for max_num_sequences rows.
+  static std::vector<int> RecordedSizes(int max_num_sequences);
+  std::vector<BatchView> StepsToRecord();
+  void PrepareStep(const BatchView& view);
+  void BeginRecording(const BatchView& view);
+  void EndRecording(const BatchView& view);
+  bool Replay(const BatchView& view);
+
+  // The first error of any op; OK while all went well.
+  const absl::Status& status() const { return status_; }
+  const std::vector<MemoryUse>& memory_use() const { return memory_use_; }
+
+ private:
+  // One of the two steps that may be under way.
+  struct Slot {
+    PinnedBuffer forward, sample, results;
+    Event done;
+  };
+  // A Sample call whose outputs Wait has to fill.
+  struct Pending {
+    int first_row = 0;
+    absl::Span<const ResultRow> rows;
+    absl::Span<ResultRowOutput> outputs;
+  };
+  struct Step {
+    int slot = 0;
+    std::vector<Pending> pending;
+  };
+  struct Recorded {
+    int rows = 0;
+    GraphExec graph;
+  };
+
+  CudaOps(const NemotronConfig& config, const RunnerLimits& limits, std::unique_ptr<cuda::MatMul> matmul,
+          int num_processors);
+  absl::Status AllocateAll();
+  absl::Status AllocateSlots();
+  absl::Status UploadRopeTables();
+  template <typename T>
+  absl::Status AllocateInto(DeviceBuffer<T>& buffer, int64_t count, const char* name);
+  template <typename T>
+  DeviceBuffer<T> AllocateOrFail(int64_t count, const char* name);
+
+  // Keeps the first error.
+  void Check(const absl::Status& status);
+  void Check(cudaError_t error, const char* what);
+
+  ForwardCounts CountsFor(const Batch& batch, const StepPlan& plan) const;
+  ForwardCounts RecordedCounts(int rows) const;
+  BatchView ViewOf(const ForwardCounts& counts) const;
+  void CopyForward(const ForwardCounts& counts);
+  void UploadSample(const Batch& batch, const StepPlan& plan, Slot& slot);
+  bool EnsureSampleRoom(int64_t num_bytes, Slot& slot);
+  AttentionParams Attention(int layer, ConstMatrix q, Matrix out) const;
+  KvCacheView CacheOf(int layer) const;
+  int64_t ScratchSlot() const { return int64_t{limits_.num_kv_blocks} * limits_.block_size; }
+  int MaxChunks() const { return (limits_.max_context_tokens + kChunkKeys - 1) / kChunkKeys; }
+  int MaxResults() const { return limits_.max_num_tokens + limits_.max_num_sequences; }
+  template <typename T>
+  const T* ForwardArray(int64_t offset) const {
+    return reinterpret_cast<const T*>(forward_arrays_.data() + offset);
+  }
+  template <typename T>
+  const T* SampleArray(int64_t offset) const {
+    return reinterpret_cast<const T*>(sample_arrays_.data() + offset);
+  }
+  void FillOutputs(const Slot& slot, const Pending& pending) const;
+
+  const NemotronConfig config_;
+  const RunnerLimits limits_;
+  const int num_processors_;
+  int block_shift_ = 0;
+  absl::Status status_;
+  std::vector<MemoryUse> memory_use_;
+  std::unique_ptr<cuda::MatMul> matmul_;
+
+  // The stream is declared before what runs on it, so that it is destroyed after.
+  Stream stream_;
+  DeviceBuffer<Bf16> keys_, values_;     // [layer][block][kv head][token][head_dim]; one scratch block behind the last
+  DeviceBuffer<float> cosines_, sines_;  // [max_context, rotary_dim / 2]
+  DeviceBuffer<float> partials_;         // of split rows, by decode item
+  DeviceBuffer<unsigned char> forward_arrays_, sample_arrays_;
+  DeviceBuffer<unsigned char> states_;
+  DeviceBuffer<float> edited_;
+  DeviceBuffer<uint64_t> bin_masses_, tile_masses_, tile_tops_;
+  DeviceBuffer<uint32_t> bin_counts_, history_;
+  DeviceBuffer<int32_t> result_tokens_;
+  DeviceBuffer<SampleOutput> outputs_;
+  DeviceBuffer<TopLogprob> top_;
+  int max_sample_rows_ = 0;
+  Slot slots_[2];
+  std::vector<Recorded> recorded_;
+
+  // The step being enqueued.
+  ForwardCounts counts_;
+  ForwardLayout layout_{ForwardCounts()};
+  SampleLayout sample_layout_{0, 0, 0};
+  SampleNeeds needs_;
+  bool recorded_step_ = false;
+  int num_tiles_ = 0;
+  int num_gathered_ = 0;
+  int next_slot_ = 0;
+  std::deque<Step> steps_;
+};
+
+}  // namespace minitron::engine::cuda

@@ -1,0 +1,35 @@
+// DeviceWeights: the model's weights on the device: matrices as bf16, norms as fp32.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/cuda/device_memory.h"
+#include "engine/nemotron_weights.h"
+
+namespace minitron::engine::cuda {
+
+// Owns the memory; weights() points into it.
+class DeviceWeights {
+ public:
+  // Copies every tensor through two pinned buffers that take turns: while one crosses, the other is filled (and f16 and
+  // f32 rounded to bf16). Errors: as ToStatus; RESOURCE_EXHAUSTED when the weights do not fit.
+  static absl::StatusOr<DeviceWeights> Upload(const NemotronWeights& host);
+
+  const NemotronWeights& weights() const { return weights_; }
+  int64_t num_bytes() const { return num_bytes_; }
+
+ private:
+  class Uploader;
+  NemotronWeights weights_;
+  std::vector<DeviceBuffer<unsigned char>> buffers_;
+  int64_t num_bytes_ = 0;
+};
+
+// `count` elements from element `first` of a weight as bf16 (rounded to nearest even) or fp32.
+void ConvertToBf16(const WeightView& weight, int64_t first, int64_t count, uint16_t* out);
+void ConvertToFloat(const WeightView& weight, int64_t first, int64_t count, float* out);
+
+}  // namespace minitron::engine::cuda

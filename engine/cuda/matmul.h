@@ -1,0 +1,31 @@
+// MatMul: the matrix products of the CUDA backend behind an interface, because the library that does them fast cannot
+// run without a device.
+#pragma once
+
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/cuda/device.h"
+
+namespace minitron::engine::cuda {
+
+// Engine thread only.
+class MatMul {
+ public:
+  virtual ~MatMul() = default;
+  // out = x * w^T, sums in fp32, enqueued on `stream`, which may be capturing.
+  //   x [rows, depth], w [outs, depth], out [rows, outs]; device memory, 16-byte aligned
+  // Allocates nothing. Error: INTERNAL when the device or the library failed.
+  virtual absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Bf16* out,
+                           cudaStream_t stream) = 0;
+  virtual absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, float* out,
+                           cudaStream_t stream) = 0;
+  // Device memory it holds.
+  virtual int64_t workspace_bytes() const = 0;
+};
+
+// One order of summation per output whatever the shape; slow. For the emulation and as the yardstick on a device.
+std::unique_ptr<MatMul> CreateReferenceMatMul();
+
+}  // namespace minitron::engine::cuda

@@ -1,0 +1,129 @@
+// Every call into CUDA fails once, with every kind of error: the runner ends with a typed status, nothing hangs,
+// nothing leaks.
+#include <memory>
+#include <string>
+
+#include "engine/cuda/cuda_model_runner.h"
+#include "engine/cuda/device.h"
+#include "gtest/gtest.h"
+#include "tests/engine/random_model.h"
+
+namespace minitron::engine::cuda {
+namespace {
+
+NemotronConfig TinyConfig() {
+  NemotronConfig config = SmallConfig();
+  config.vocab_size = 64;
+  config.hidden_size = 32;
+  config.num_layers = 1;
+  config.num_attention_heads = 2;
+  config.num_key_value_heads = 1;
+  config.head_dim = 64;
+  config.rotary_dim = 32;
+  config.intermediate_size = 32;
+  config.max_position_embeddings = 300;  // two attention chunks
+  return config;
+}
+
+// Two tokens of one sequence, or one token of each of two, with every kind of sampling.
+Batch MakeBatch(bool prompt, const SamplingParams& params) {
+  Batch batch;
+  batch.token_ids = {1, 2};
+  batch.positions = {0, prompt ? 1 : 0};
+  batch.slot_mapping = {16, prompt ? 17 : 32};
+  batch.query_start = prompt ? std::vector<int32_t>{0, 2} : std::vector<int32_t>{0, 1, 2};
+  batch.block_ids = prompt ? std::vector<BlockId>{1} : std::vector<BlockId>{1, 2};
+  batch.block_start = prompt ? std::vector<int32_t>{0, 1} : std::vector<int32_t>{0, 1, 2};
+  batch.kv_lens = prompt ? std::vector<int32_t>{2} : std::vector<int32_t>{1, 1};
+  batch.results = {
+      {.token_row = 1, .sequence = prompt ? 0 : 1, .num_top_logprobs = 2, .history_slot = 0, .params = &params}};
+  batch.history_resets = {{0, {1, 2}, {3}}};
+  return batch;
+}
+
+// Start, a prompt and a recorded step under way together, end. Returns the first error. `num_reported` is how many
+// calls had been made when the last result was handed over: an error of a call up to there has to be in the status.
+absl::Status Live(const RandomModel& model, int& num_reported) {
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 4, .max_num_sequences = 2, .max_num_tokens = 4, .max_context_tokens = 300};
+  num_reported = 0;
+  const SamplingParams params{.top_k = 9, .top_p = 0.9f, .repetition_penalty = 1.2f, .logit_bias = {{3, 1.0f}}};
+  const Batch first = MakeBatch(true, params), second = MakeBatch(false, params);
+  auto device = OpenDevice();
+  if (!device.ok()) return device.status();
+  auto runner = CreateCudaModelRunner(model.config(), model.weights(), limits, *device, CreateReferenceMatMul());
+  if (!runner.ok()) return runner.status();
+  absl::Status status = (*runner)->Submit(first);
+  if (status.ok()) status = (*runner)->Submit(second);
+  if (!status.ok()) return status;
+  for (int step = 0; step < 2; ++step) {
+    const auto result = (*runner)->Collect();
+    if (!result.ok()) return result.status();
+    EXPECT_EQ(result->rows.size(), 1u);
+    EXPECT_FALSE(result->rows[0].failed);
+  }
+  num_reported = emulation::NumCalls();
+  return absl::OkStatus();
+}
+
+struct Fault {
+  cudaError_t error;
+  bool sticky;
+  absl::StatusCode at_start;  // what CreateCudaModelRunner may say
+};
+
+class CudaFaultsTest : public testing::TestWithParam<Fault> {};
+
+TEST_P(CudaFaultsTest, AnyCallMayFail) {
+  const Fault& fault = GetParam();
+  const RandomModel model(TinyConfig(), DType::kBf16, 3);
+  const emulation::LiveObjects before = emulation::CountLiveObjects();
+  int num_reported = 0;
+  emulation::FailCall(0, cudaSuccess, false);
+  ASSERT_TRUE(Live(model, num_reported).ok());
+  const int num_calls = emulation::NumCalls();
+  ASSERT_GT(num_calls, 100);
+  int num_errors = 0;
+  for (int call = 1; call <= num_calls; ++call) {
+    emulation::FailCall(call, fault.error, fault.sticky);
+    const absl::Status status = Live(model, num_reported);
+    emulation::FailCall(0, cudaSuccess, false);
+    ASSERT_EQ(emulation::CountLiveObjects(), before) << "leaked after call " << call;
+    if (status.ok()) {
+      // Only what failed behind the last result, or a release on the way, may go unnoticed.
+      if (fault.sticky) {
+        ASSERT_GT(call, num_reported) << "call " << call << " failed and nobody said so";
+      }
+      continue;
+    }
+    ++num_errors;
+    EXPECT_TRUE(status.code() == absl::StatusCode::kInternal || status.code() == fault.at_start) << status;
+    EXPECT_NE(status.message().find(cudaGetErrorName(fault.error)), std::string::npos) << status;
+  }
+  EXPECT_GT(num_errors, num_calls / 2);
+}
+
+INSTANTIATE_TEST_SUITE_P(Errors, CudaFaultsTest,
+                         testing::Values(Fault{cudaErrorMemoryAllocation, false, absl::StatusCode::kResourceExhausted},
+                                         Fault{cudaErrorIllegalAddress, true, absl::StatusCode::kInternal},
+                                         Fault{cudaErrorLaunchFailure, true, absl::StatusCode::kInternal},
+                                         Fault{cudaErrorECCUncorrectable, true, absl::StatusCode::kInternal},
+                                         Fault{cudaErrorLaunchTimeout, false, absl::StatusCode::kInternal},
+                                         Fault{cudaErrorNoKernelImageForDevice, true,
+                                               absl::StatusCode::kFailedPrecondition},
+                                         Fault{cudaErrorUnknown, false, absl::StatusCode::kInternal}),
+                         [](const auto& fault) {
+                           return std::string(cudaGetErrorName(fault.param.error)) +
+                                  (fault.param.sticky ? "Stays" : "Once");
+                         });
+
+TEST(CudaDeviceTest, NoDeviceIsAFailedPrecondition) {
+  emulation::SetDevice(size_t{1} << 30, 0);
+  EXPECT_EQ(OpenDevice().status().code(), absl::StatusCode::kFailedPrecondition);
+  emulation::SetDevice(size_t{1} << 40, 1);
+  ASSERT_TRUE(OpenDevice().ok());
+  EXPECT_EQ(OpenDevice()->compute_capability, 89);
+}
+
+}  // namespace
+}  // namespace minitron::engine::cuda

@@ -1,0 +1,249 @@
+// The whole CUDA backend in emulation, recorded steps included: the same bits under any schedule, and the CPU backend's
+// tokens.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "engine/checkpoint/checkpoint.h"
+#include "engine/cpu/cpu_model_runner.h"
+#include "engine/cuda/cuda_model_runner.h"
+#include "engine/cuda/device.h"
+#include "engine/model_config.h"
+#include "engine/nemotron_weights.h"
+#include "gtest/gtest.h"
+#include "tests/engine/model_runner_driver.h"
+
+namespace minitron::engine::cuda {
+namespace {
+
+constexpr DeviceInfo kDevice{.compute_capability = 89, .num_processors = 2};
+
+// The 8B's proportions at the smallest size the kernels take; a context of three attention chunks.
+NemotronConfig CudaConfig() {
+  NemotronConfig config = SmallConfig();
+  config.hidden_size = 64;
+  config.head_dim = 64;
+  config.rotary_dim = 32;
+  config.intermediate_size = 128;
+  config.max_position_embeddings = 640;
+  return config;
+}
+
+std::unique_ptr<ModelRunner> MakeCuda(const RandomModel& model, const RunnerLimits& limits) {
+  auto runner = CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, CreateReferenceMatMul());
+  EXPECT_TRUE(runner.ok()) << runner.status();
+  return *std::move(runner);
+}
+
+std::vector<Trace> RunJobs(const std::vector<Job>& jobs, const Schedule& schedule) {
+  return Driver(jobs, schedule, CudaConfig(), &MakeCuda).Run();
+}
+
+TEST(CudaRunnerTest, BatchedEqualsAloneBitForBit) {
+  const std::vector<Job> jobs = RandomJobs(2, 10);
+  Schedule schedule{.max_running = kMaxSequences};
+  ExpectSame(RunJobs(jobs, {}), RunJobs(jobs, schedule), "batched");
+}
+
+TEST(CudaRunnerTest, ChunkedAtAnySizeEqualsWholeBitForBit) {
+  const std::vector<Job> jobs = RandomJobs(3, 3);
+  const std::vector<Trace> alone = RunJobs(jobs, {});
+  for (const int chunk : {1, 2, 7, 16, 21, 33}) {
+    ExpectSame(alone, RunJobs(jobs, {.max_chunk = chunk}), "chunks up to " + std::to_string(chunk));
+  }
+}
+
+TEST(CudaRunnerTest, BlockIdsAndBlockSizeDoNotMatter) {
+  const std::vector<Job> jobs = RandomJobs(4, 4);
+  const std::vector<Trace> alone = RunJobs(jobs, {});
+  for (const int block_size : {8, 32, 256}) {
+    ExpectSame(alone, RunJobs(jobs, {.block_size = block_size, .seed = 9}), "blocks of " + std::to_string(block_size));
+  }
+}
+
+TEST(CudaRunnerTest, TokensThatStayOnTheDeviceEqualHostTokens) {
+  const std::vector<Job> jobs = RandomJobs(6, 8);
+  ExpectSame(RunJobs(jobs, {}), RunJobs(jobs, {.max_running = 4, .overlap = true}), "submitted ahead");
+}
+
+TEST(CudaRunnerTest, LongContextsCrossChunksWithTheSameBits) {
+  std::vector<Job> jobs = RandomJobs(7, 2);
+  for (Job& job : jobs) {
+    job.prompt_logprobs = false;
+    job.num_output = 6;
+    job.prompt.resize(&job == &jobs[0] ? 253 : 510);  // the output crosses 256 and 512
+    for (size_t i = 0; i < job.prompt.size(); ++i) job.prompt[i] = static_cast<TokenId>(i * 37 % 131);
+  }
+  const std::vector<Trace> alone = RunJobs(jobs, {});
+  ExpectSame(alone, RunJobs(jobs, {.max_running = 2, .max_chunk = 48, .seed = 3}), "batched");
+  ExpectSame(alone, RunJobs(jobs, {.max_running = 2, .max_chunk = 19, .seed = 4, .overlap = true}), "chunked");
+}
+
+TEST(CudaRunnerTest, RandomSchedulesEqualAloneBitForBit) {
+  for (uint64_t seed = 100; seed < 104; ++seed) {
+    std::mt19937_64 random(seed);
+    const std::vector<Job> jobs = RandomJobs(seed, 6, 40);
+    Schedule schedule{.max_running = 1 + static_cast<int>(random() % kMaxSequences),
+                      .max_chunk = 1 + static_cast<int>(random() % 24),
+                      .seed = seed,
+                      .overlap = random() % 2 == 0};
+    ExpectSame(RunJobs(jobs, {}), RunJobs(jobs, schedule), "seed " + std::to_string(seed));
+  }
+}
+
+TEST(CudaRunnerTest, FiberOrderDoesNotMatter) {
+  const std::vector<Job> jobs = RandomJobs(5, 4, 30);
+  const std::vector<Trace> expected = RunJobs(jobs, {.max_running = 3});
+  for (const auto order : {emulation::Order::kReverse, emulation::Order::kRandom}) {
+    emulation::SetOrder(order, 11);
+    ExpectSame(expected, RunJobs(jobs, {.max_running = 3}), "fiber order");
+  }
+  emulation::SetOrder(emulation::Order::kForward);
+}
+
+TEST(CudaRunnerTest, F16AndF32CheckpointsAreServedAsBf16) {
+  const std::vector<Job> jobs = RandomJobs(8, 3, 20);
+  for (const DType dtype : {DType::kF16, DType::kF32}) {
+    ExpectSame(RunJobs(jobs, {.dtype = dtype}), RunJobs(jobs, {.max_running = 3, .dtype = dtype}), DTypeName(dtype));
+  }
+}
+
+// A prompt with the logprob of each of its tokens and the three most likely at each place.
+StepResult Score(ModelRunner& runner, const std::vector<TokenId>& prompt, const SamplingParams& params) {
+  Batch batch;
+  for (int i = 0; i < static_cast<int>(prompt.size()); ++i) {
+    batch.token_ids.push_back(prompt[i]);
+    batch.positions.push_back(i);
+    batch.slot_mapping.push_back(i);
+    const bool last = i + 1 == static_cast<int>(prompt.size());
+    batch.results.push_back({.token_row = i,
+                             .target = last ? kNone : prompt[i + 1],
+                             .num_top_logprobs = 3,
+                             .params = last ? &params : nullptr});
+  }
+  batch.query_start.push_back(batch.num_tokens());
+  for (int block = 0; block * 16 < batch.num_tokens(); ++block) batch.block_ids.push_back(block);
+  batch.block_start.push_back(static_cast<int>(batch.block_ids.size()));
+  batch.kv_lens.push_back(batch.num_tokens());
+  EXPECT_TRUE(runner.Submit(batch).ok());
+  return *runner.Collect();
+}
+
+// bf16 rounds each activation by up to 2^-9 of its size; through two layers and a head that is a few hundredths of a
+// nat here. The CPU computes in fp32. A token may differ only where the CPU's two best are closer than that.
+TEST(CudaRunnerTest, LogprobsAndGreedyTokensAreTheCpuBackendsWithinBf16) {
+  constexpr double kMeanTolerance = 0.05, kTie = 0.2;
+  const RandomModel model(CudaConfig(), DType::kBf16, 77);
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 16, .max_num_sequences = 2, .max_num_tokens = 128, .max_context_tokens = 128};
+  const auto cpu = cpu::CreateCpuModelRunner(model.config(), model.weights(), nullptr, limits, 1);
+  const auto cuda = MakeCuda(model, limits);
+  std::mt19937_64 random(12);
+  std::vector<TokenId> prompt(120);
+  for (TokenId& token : prompt) token = static_cast<TokenId>(random() % 131);
+  const SamplingParams greedy{.temperature = 0.0f};
+  const StepResult expected = Score(*cpu, prompt, greedy), actual = Score(*cuda, prompt, greedy);
+  double difference = 0.0;
+  int decided = 0;
+  for (size_t r = 0; r < expected.rows.size(); ++r) {
+    const ResultRowOutput &want = expected.rows[r], &got = actual.rows[r];
+    difference += std::abs(want.chosen.logprob - got.chosen.logprob) / static_cast<double>(expected.rows.size());
+    if (want.top[0].logprob - want.top[1].logprob < kTie) continue;
+    ++decided;
+    EXPECT_EQ(got.top[0].token_id, want.top[0].token_id) << "row " << r;
+  }
+  EXPECT_LT(difference, kMeanTolerance);
+  EXPECT_GT(decided, 80) << "too many near ties to say anything";
+}
+
+// The greedy continuation of a prompt, one recorded step per token.
+std::vector<TokenId> Continue(ModelRunner& runner, std::vector<TokenId> tokens, int count) {
+  const SamplingParams greedy{.temperature = 0.0f};
+  const size_t prompt_len = tokens.size();
+  for (int computed = 0; static_cast<int>(tokens.size() - prompt_len) < count;) {
+    Batch batch;
+    for (; computed < static_cast<int>(tokens.size()); ++computed) {
+      batch.token_ids.push_back(tokens[computed]);
+      batch.positions.push_back(computed);
+      batch.slot_mapping.push_back(computed);
+    }
+    batch.query_start.push_back(batch.num_tokens());
+    for (int block = 0; block * 16 < computed; ++block) batch.block_ids.push_back(block);
+    batch.block_start.push_back(static_cast<int>(batch.block_ids.size()));
+    batch.kv_lens.push_back(computed);
+    batch.results = {{.token_row = batch.num_tokens() - 1, .params = &greedy}};
+    EXPECT_TRUE(runner.Submit(batch).ok());
+    const auto result = runner.Collect();
+    tokens.push_back(result->rows[0].token_id);
+  }
+  return {tokens.begin() + static_cast<int64_t>(prompt_len), tokens.end()};
+}
+
+TEST(CudaRunnerTest, TheShippedModelContinuesPromptsAsOnTheCpu) {
+  const std::string folder = std::string(MINITRON_SOURCE_DIR) + "/deploy/models/minitron-tiny";
+  const auto config = LoadNemotronConfig(folder);
+  ASSERT_TRUE(config.ok());
+  const auto checkpoint = Checkpoint::Open(folder, false);
+  ASSERT_TRUE(checkpoint.ok());
+  const auto weights = MapNemotronWeights(**checkpoint, *config);
+  ASSERT_TRUE(weights.ok());
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 8, .max_num_sequences = 1, .max_num_tokens = 32, .max_context_tokens = 128};
+  const auto cpu = cpu::CreateCpuModelRunner(*config, *weights, nullptr, limits, 1);
+  const auto cuda = CreateCudaModelRunner(*config, *weights, limits, kDevice, CreateReferenceMatMul());
+  ASSERT_TRUE(cuda.ok()) << cuda.status();
+  for (const std::vector<TokenId>& prompt :
+       {std::vector<TokenId>{5, 20, 300, 41}, std::vector<TokenId>{900, 17, 1200, 33, 64, 7, 1999, 400}}) {
+    EXPECT_EQ(Continue(**cuda, prompt, 12), Continue(*cpu, prompt, 12));
+  }
+}
+
+TEST(CudaRunnerTest, ShapesWithoutAKernelAreRefusedByName) {
+  NemotronConfig config = CudaConfig();
+  config.head_dim = 80;
+  const RandomModel model(config, DType::kBf16, 1);
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 4, .max_num_sequences = 2, .max_num_tokens = 32, .max_context_tokens = 64};
+  const auto runner = CreateCudaModelRunner(config, model.weights(), limits, kDevice, CreateReferenceMatMul());
+  EXPECT_EQ(runner.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(runner.status().message(), "the cuda backend has no kernel for head_dim 80: 64 or 128");
+}
+
+TEST(CudaRunnerTest, TheCacheTakesTheMemoryThatIsLeft) {
+  const RandomModel model(CudaConfig(), DType::kBf16, 1);
+  RunnerLimits limits{.block_size = 16, .max_num_sequences = 2, .max_num_tokens = 32, .max_context_tokens = 640};
+  const auto create = [&] {
+    return CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, CreateReferenceMatMul());
+  };
+  const auto all = create();
+  ASSERT_TRUE(all.ok()) << all.status();
+  EXPECT_EQ((*all)->num_kv_blocks(), 80) << "two full contexts, not the terabyte the device has";
+  // What the runner takes without its cache, the gigabyte kept free, and room for some blocks.
+  emulation::SetDevice((size_t{1} << 30) + (32 << 20));
+  const auto some = create();
+  emulation::SetDevice(size_t{1} << 30);
+  const auto none = create();
+  emulation::SetDevice(100 << 10);
+  const auto no_weights = create();
+  emulation::SetDevice(size_t{1} << 40);
+  ASSERT_TRUE(some.ok()) << some.status();
+  EXPECT_EQ(none.status().code(), absl::StatusCode::kResourceExhausted) << none.status();
+  EXPECT_EQ(no_weights.status().code(), absl::StatusCode::kResourceExhausted) << no_weights.status();
+}
+
+TEST(CudaRunnerTest, NothingIsAllocatedOnceReady) {
+  const RandomModel model(CudaConfig(), DType::kBf16, 1);
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 16, .max_num_sequences = 2, .max_num_tokens = 64, .max_context_tokens = 128};
+  const auto runner = MakeCuda(model, limits);
+  const emulation::LiveObjects ready = emulation::CountLiveObjects();
+  Score(*runner, std::vector<TokenId>(50, 7), {});
+  Score(*runner, {3}, {});  // a recorded step
+  EXPECT_EQ(emulation::CountLiveObjects(), ready);
+}
+
+}  // namespace
+}  // namespace minitron::engine::cuda

@@ -186,7 +186,7 @@ TEST(CudaRunnerTest, TheShippedModelContinuesPromptsAsOnTheCpu) {
   const std::string folder = std::string(MINITRON_SOURCE_DIR) + "/deploy/models/minitron-tiny";
   const auto config = LoadNemotronConfig(folder);
   ASSERT_TRUE(config.ok());
-  const auto checkpoint = Checkpoint::Open(folder, false);
+  const auto checkpoint = Checkpoint::Open(folder);
   ASSERT_TRUE(checkpoint.ok());
   const auto weights = MapNemotronWeights(**checkpoint, *config);
   ASSERT_TRUE(weights.ok());

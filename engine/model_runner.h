@@ -72,7 +72,7 @@ class ModelRunner {
   virtual absl::StatusOr<StepResult> Collect() = 0;
 
   // Takes a result's storage back, for a later Collect to fill. Optional.
-  virtual void Recycle(StepResult) {}
+  virtual void Recycle(StepResult&& /*result*/) {}
 
   // Whether Submit returns while the batch still runs. Where it does not, submitting ahead is correct, but results are
   // read a step later than they could be.

@@ -71,7 +71,7 @@ class ModelRunnerImpl final : public ModelRunner {
     return std::exchange(outstanding_[std::exchange(oldest_, (oldest_ + 1) % kMaxOutstanding)], std::move(recycled_));
   }
 
-  void Recycle(StepResult result) override { recycled_ = std::move(result); }
+  void Recycle(StepResult&& result) override { recycled_ = std::move(result); }
 
   const ModelInfo& model_info() const override { return info_; }
   int num_kv_blocks() const override { return limits_.num_kv_blocks; }

@@ -198,10 +198,7 @@ absl::Status ReadCommon(const Message& message, const CallContext& context, Buil
   RETURN_IF_ERROR(CheckCount(limits::kCacheSaltBytes, static_cast<int64_t>(message.cache_salt().size()), "bytes"));
   RETURN_IF_ERROR(CheckInt(limits::kPriority, message.priority()));
   built.request.priority = message.priority();
-  // A cached prefix answers sooner, which tells that somebody sent it: between tenants nothing is shared. The separator
-  // is no character of a tenant's name.
-  built.request.cache_salt =
-      context.is_tenant_known ? absl::StrCat(context.tenant, " ", message.cache_salt()) : message.cache_salt();
+  built.request.cache_salt = message.cache_salt();
   built.request.tenant = context.tenant;
   built.request.arrival = context.arrival;
   built.request.deadline = context.deadline;

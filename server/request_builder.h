@@ -32,7 +32,6 @@ struct ServedModel {
 struct CallContext {
   std::string request_id;        // from x-request-id; used when the message names none
   std::string tenant;            // of the token; without authentication x-minitron-tenant
-  bool is_tenant_known = false;  // authenticated: then its cached prefixes are its own
   scheduler::TimePoint arrival;
   scheduler::TimePoint deadline = scheduler::TimePoint::max();
   uint64_t fresh_seed = 0;       // used when the request sets none

@@ -112,7 +112,6 @@ CallContext RpcScope::MakeContext(scheduler::TimePoint arrival) {
   CallContext call;
   call.request_id = FindMetadata(*context_, "x-request-id");
   call.tenant = identity_.tenant;
-  call.is_tenant_known = server_->auth != nullptr;
   call.arrival = arrival;
   call.deadline = call.arrival + server_->max_request_timeout;
   const auto system_now = std::chrono::system_clock::now();

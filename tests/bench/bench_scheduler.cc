@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <utility>
 #include <vector>
 
@@ -106,10 +107,31 @@ void BM_EngineStep(benchmark::State& state) {
 }
 
 // 1500 steps: within max_tokens, and long enough for every sequence to fill some 90 blocks.
-BENCHMARK(BM_ScheduleBuildUpdate)->Args({64, 2048})->Args({256, 2048})->Iterations(1500)->Repetitions(3);
-BENCHMARK(BM_EngineStep)->Args({64, 2048})->Args({256, 2048})->Iterations(1500)->Repetitions(3);
+BENCHMARK(BM_ScheduleBuildUpdate)->Args({64, 2048})->Args({256, 2048})->Iterations(1500)->Repetitions(5);
+BENCHMARK(BM_EngineStep)->Args({64, 2048})->Args({256, 2048})->Iterations(1500)->Repetitions(5);
+
+// Prints the medians of the repetitions as the rows of a table.
+class TableReporter : public benchmark::BenchmarkReporter {
+ public:
+  bool ReportContext(const Context&) override {
+    std::printf("| step/sequences/context | median, us | heap allocations |\n|---|---|---|\n");
+    return true;
+  }
+  void ReportRuns(const std::vector<Run>& runs) override {
+    for (const Run& run : runs) {
+      if (run.run_type != Run::RT_Aggregate || run.aggregate_name != "median") continue;
+      std::printf("| %s/%s | %.1f | %g |\n", run.run_name.function_name.c_str() + 3, run.run_name.args.c_str(),
+                  run.counters.at("median_us").value, run.counters.at("allocations_per_step").value);
+    }
+  }
+};
 
 }  // namespace
 }  // namespace minitron::scheduler
 
-BENCHMARK_MAIN();
+int main(int argc, char** argv) {
+  benchmark::Initialize(&argc, argv);
+  minitron::scheduler::TableReporter reporter;
+  benchmark::RunSpecifiedBenchmarks(&reporter);
+  return 0;
+}

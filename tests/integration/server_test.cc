@@ -73,6 +73,48 @@ TEST(ServerTest, StreamsTheSameTextTwiceAndDrainsOnSigterm) {
   EXPECT_EQ(server.Wait(), 0) << server.StandardError();
 }
 
+// The text, and how many prompt tokens were found in the cache. `tenant` and `salt` say who asks.
+std::pair<std::string, int> GenerateFor(v1::GenerationService::Stub& stub, const std::string& tenant,
+                                        const std::string& salt) {
+  v1::GenerateRequest request;
+  v1::GenerationTask& task = *request.mutable_task();
+  task.set_text(
+      "Shall I compare thee to a summer's day? Thou art more lovely and more temperate: rough winds do shake");
+  task.set_cache_salt(salt);
+  task.mutable_sampling()->set_seed(7);
+  task.mutable_stopping()->set_max_tokens(24);
+  task.mutable_stopping()->set_ignore_eos(true);
+  grpc::ClientContext context;
+  context.AddMetadata("x-minitron-tenant", tenant);
+  v1::GenerateResponse response;
+  const grpc::Status status = stub.Generate(&context, request, &response);
+  EXPECT_TRUE(status.ok()) << status.error_message();
+  if (response.sequences_size() != 1) return {};
+  return {response.sequences(0).text(), static_cast<int>(response.sequences(0).usage().cached_tokens())};
+}
+
+TEST(ServerTest, APromptIsComputedOncePerTenantAndSaltAndTheAnswerStaysTheSame) {
+  ServerProcess server({"--block-size=8", "--overlap=on", "--admission-mode=reserve"});
+  ASSERT_TRUE(server.WaitUntilReady()) << server.StandardError();
+  const auto stub = Connect(server);
+  const auto [text, cold] = GenerateFor(*stub, "a", "");
+  EXPECT_EQ(cold, 0);
+  const auto [warm_text, warm] = GenerateFor(*stub, "a", "");
+  EXPECT_GE(warm, 8);
+  EXPECT_EQ(warm % 8, 0);
+  EXPECT_EQ(warm_text, text);
+  EXPECT_EQ(GenerateFor(*stub, "b", ""), std::make_pair(text, 0));
+  EXPECT_EQ(GenerateFor(*stub, "a", "salt"), std::make_pair(text, 0));
+  EXPECT_THAT(
+      Get(server.metrics_port, "/metrics"),
+      HasSubstr("minitron_prefix_cache_hits_tokens_total{model_name=\"minitron-tiny\"} " + std::to_string(warm)));
+
+  ServerProcess plain({"--block-size=16", "--overlap=off", "--prefix-cache=off"});
+  ASSERT_TRUE(plain.WaitUntilReady()) << plain.StandardError();
+  const auto plain_stub = Connect(plain);
+  for (int i = 0; i < 2; ++i) EXPECT_EQ(GenerateFor(*plain_stub, "a", ""), std::make_pair(text, 0));
+}
+
 TEST(ServerTest, ALiveStreamEndsCompleteDuringADrain) {
   ServerProcess server({});
   ASSERT_TRUE(server.WaitUntilReady()) << server.StandardError();

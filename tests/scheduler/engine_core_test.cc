@@ -81,8 +81,13 @@ class EngineCoreTest : public ::testing::Test {
   std::unique_ptr<EngineCore> core_;
 };
 
-TEST_F(EngineCoreTest, ManyThreadsSubmitAndEverySequenceFinishesOnce) {
-  Make({});
+class EngineCoreThreadsTest : public EngineCoreTest, public ::testing::WithParamInterface<Overlap> {};
+INSTANTIATE_TEST_SUITE_P(Overlap, EngineCoreThreadsTest, ::testing::Values(Overlap::kOff, Overlap::kOn));
+
+TEST_P(EngineCoreThreadsTest, ManyThreadsSubmitAndEverySequenceFinishesOnce) {
+  EngineCoreOptions options;
+  options.overlap = GetParam();
+  Make({.compute_late = true}, options);
   core_->Start();
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {
@@ -231,6 +236,20 @@ TEST_F(EngineCoreTest, StopLeavesLiveRequestsWithoutEvents) {
   stopper.join();
   EXPECT_TRUE(sink_.finished().empty());
   EXPECT_EQ(sink_.num_tokens(1), 1u);  // of the step that was running
+}
+
+TEST_F(EngineCoreTest, OverlapIsTheRunnersChoiceUnlessAskedFor) {
+  for (const bool asynchronous : {false, true}) {
+    for (const Overlap overlap : {Overlap::kAuto, Overlap::kOn, Overlap::kOff}) {
+      EngineCoreOptions options;
+      options.overlap = overlap;
+      Make({.compute_late = asynchronous}, options);
+      ASSERT_TRUE(core_->Submit(MakeRequest(1, 4, 5)).ok());
+      EXPECT_TRUE(core_->Step());
+      const bool ahead = overlap == Overlap::kOn || (overlap == Overlap::kAuto && asynchronous);
+      EXPECT_EQ(core_->scheduler().running().at(0)->num_steps_in_flight(), ahead ? 1 : 0);
+    }
+  }
 }
 
 TEST_F(EngineCoreTest, IdleEngineDoesNotStep) {

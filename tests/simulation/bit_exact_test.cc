@@ -1,5 +1,6 @@
-// The promise end to end: the real scheduler over the real CPU engine gives a request the same bits alone, in a full
-// batch, chunked, preempted and recomputed. Tokens, logprobs and ranks are compared as bits.
+// The promise end to end: the real EngineCore over the real CPU engine gives a request the same bits alone, in a full
+// batch, chunked, from a cold and from a warm prefix cache, run ahead of its tokens or not, preempted and recomputed,
+// in this process's runner or in a new one. Tokens, logprobs and ranks are compared as bits.
 #include <algorithm>
 #include <bit>
 #include <cstdint>
@@ -12,14 +13,13 @@
 
 #include "engine/cpu/cpu_model_runner.h"
 #include "gtest/gtest.h"
-#include "scheduler/batch_builder.h"
-#include "scheduler/scheduler.h"
+#include "scheduler/engine_core.h"
 #include "tests/engine/random_model.h"
 
 namespace minitron::scheduler {
 namespace {
 
-constexpr int kNumSeeds = 60;
+constexpr int kNumSeeds = 100;
 constexpr int kMaxPrompt = 40;
 constexpr int kMaxOutput = 20;
 constexpr int kBlockSize = 8;
@@ -31,6 +31,9 @@ struct Schedule {
   int max_step_tokens = 64;
   int max_prefill_chunk = 64;
   int threads = 1;
+  Overlap overlap = Overlap::kOff;
+  AdmissionMode admission_mode = AdmissionMode::kOptimistic;
+  int max_preemptions = 1000000;
   uint64_t seed = 0;  // arrival steps
 };
 
@@ -47,10 +50,13 @@ using Traces = std::map<std::pair<RequestId, int>, Trace>;
 
 // States that a run must reach for its result to mean anything.
 struct Marks {
-  int preemptions = 0;
-  int chunked_prompts = 0;
-  int mixed_steps = 0;
-  int shared_tokens = 0;
+  int64_t preemptions = 0;
+  int64_t preempted_twice = 0;
+  int64_t chunked_prompts = 0;
+  int64_t mixed_steps = 0;
+  int64_t cold_hit_tokens = 0;
+  int64_t warm_hit_tokens = 0;
+  int64_t rows_in_flight_at_the_end = 0;
 };
 
 void AppendBits(const engine::ResultRowOutput& row, Trace& trace) {
@@ -93,103 +99,148 @@ class BitExactTest : public testing::Test {
     return requests;
   }
 
-  // Runs the requests to their end and returns what each sequence showed.
-  Traces Run(const std::vector<Request>& requests, const Schedule& schedule, Marks* marks) const {
-    const engine::RunnerLimits limits{.block_size = kBlockSize,
-                                      .num_kv_blocks = schedule.num_blocks,
-                                      .max_num_sequences = schedule.max_running,
-                                      .max_num_tokens = schedule.max_step_tokens,
-                                      .max_context_tokens = model_.config().max_position_embeddings};
-    const auto runner =
-        engine::cpu::CreateCpuModelRunner(model_.config(), model_.weights(), nullptr, limits, schedule.threads);
-    Scheduler scheduler({.max_prefill_chunk = schedule.max_prefill_chunk}, RunnerLimits::Of(*runner));
-    std::mt19937_64 random(schedule.seed);
-    Traces traces;
-    size_t next = 0;
-    while (next < requests.size() || scheduler.num_live_sequences() > 0) {
-      while (next < requests.size() && (scheduler.num_live_sequences() == 0 || random() % 3 == 0)) {
-        scheduler.Add(requests[next++], TimePoint{});
-      }
-      const SchedulerOutput plan = scheduler.Schedule(TimePoint{});
-      const engine::Batch batch = BuildBatch(plan);
-      EXPECT_TRUE(runner->Submit(batch).ok());
-      const absl::StatusOr<engine::StepResult> result = runner->Collect();
-      EXPECT_TRUE(result.ok());
-      Record(scheduler.Update(plan, *result, TimePoint{}), traces);
-      if (marks != nullptr) Mark(plan, *marks);
-    }
-    return traces;
-  }
-
-  static void Record(const StepOutput& output, Traces& traces) {
-    for (const PromptLogprobsEvent& event : output.prompt_logprobs) {
-      for (const auto& row : event.positions) AppendBits(row, traces[{event.id, -1}]);
-    }
-    for (const TokenEvent& event : output.tokens) {
-      Trace& trace = traces[{event.id, event.index}];
-      EXPECT_EQ(event.output_position, static_cast<int>(trace.tokens.size()));
-      AppendBits(event.output, trace);
-    }
-    for (const FinishEvent& event : output.finished) traces[{event.id, event.index}].reason = event.reason;
-  }
-
-  static void Mark(const SchedulerOutput& plan, Marks& marks) {
-    marks.preemptions += static_cast<int>(plan.preempted.size());
-    bool decodes = false;
-    bool prefills = false;
-    for (const ScheduledSequence& scheduled : plan.sequences) {
-      const Sequence& sequence = *scheduled.sequence;
-      const bool prefill = scheduled.first_position < sequence.num_prompt_tokens();
-      (prefill ? prefills : decodes) = true;
-      if (prefill && scheduled.first_position > sequence.num_cached_tokens()) ++marks.chunked_prompts;
-      if (scheduled.first_position > 0 && scheduled.first_position == sequence.num_cached_tokens()) {
-        marks.shared_tokens += scheduled.first_position;
-      }
-    }
-    marks.mixed_steps += decodes && prefills ? 1 : 0;
-  }
-
   engine::RandomModel model_;
 };
 
-TEST_F(BitExactTest, ARequestHasTheSameBitsAloneBatchedChunkedSharedAndPreempted) {
+// A runner and an engine core that go on from one lot of requests to the next, with their prefix cache.
+class Engine : public StepSink {
+ public:
+  Engine(const engine::RandomModel& model, const Schedule& schedule)
+      : runner_(engine::cpu::CreateCpuModelRunner(model.config(), model.weights(), nullptr,
+                                                  {.block_size = kBlockSize,
+                                                   .num_kv_blocks = schedule.num_blocks,
+                                                   .max_num_sequences = schedule.max_running,
+                                                   .max_num_tokens = schedule.max_step_tokens,
+                                                   .max_context_tokens = model.config().max_position_embeddings},
+                                                  schedule.threads)),
+        core_(Options(schedule), runner_.get(), this, [] { return TimePoint(std::chrono::seconds(1)); }),
+        random_(schedule.seed) {}
+
+  // Runs the requests to their end and returns what each sequence showed.
+  Traces Run(const std::vector<Request>& requests, Marks* marks = nullptr) {
+    traces_.clear();
+    hit_tokens_ = 0;
+    size_t next = 0;
+    while (next < requests.size() || !core_.idle()) {
+      while (next < requests.size() && (core_.idle() || random_() % 3 == 0)) {
+        Request request = requests[next++];
+        request.id += first_id_;
+        EXPECT_TRUE(core_.Submit(request).ok());
+      }
+      core_.Step();
+      if (marks != nullptr) Mark(*marks);
+    }
+    while (core_.Step()) continue;  // the last rows in flight
+    EXPECT_EQ(core_.scheduler().kv_cache().num_used_blocks(), 0);
+    first_id_ += requests.size();
+    return std::exchange(traces_, {});
+  }
+
+  void OnStep(StepOutput output) override {
+    for (const PromptLogprobsEvent& event : output.prompt_logprobs) {
+      for (const auto& row : event.positions) AppendBits(row, traces_[{event.id - first_id_, -1}]);
+    }
+    for (const TokenEvent& event : output.tokens) {
+      Trace& trace = traces_[{event.id - first_id_, event.index}];
+      EXPECT_EQ(event.output_position, static_cast<int>(trace.tokens.size()));
+      AppendBits(event.output, trace);
+    }
+    for (const FinishEvent& event : output.finished) {
+      traces_[{event.id - first_id_, event.index}].reason = event.reason;
+      preempted_twice_ += event.num_preemptions >= 2 ? 1 : 0;
+    }
+    stats_ = output.stats;
+    hit_tokens_ += output.stats.num_prefix_hit_tokens;
+  }
+
+  int64_t hit_tokens() const { return hit_tokens_; }  // of the latest Run
+
+ private:
+  static EngineCoreOptions Options(const Schedule& schedule) {
+    EngineCoreOptions options;
+    options.scheduler.max_prefill_chunk = schedule.max_prefill_chunk;
+    options.scheduler.admission_mode = schedule.admission_mode;
+    options.scheduler.max_preemptions = schedule.max_preemptions;
+    options.overlap = schedule.overlap;
+    return options;
+  }
+
+  void Mark(Marks& marks) {
+    marks.preemptions += stats_.num_preemptions;
+    marks.preempted_twice += std::exchange(preempted_twice_, 0);
+    marks.mixed_steps += stats_.num_prompt_tokens > 0 && stats_.num_prompt_tokens < stats_.num_batch_tokens ? 1 : 0;
+    marks.rows_in_flight_at_the_end += static_cast<int64_t>(core_.scheduler().retiring().size());
+    for (const auto& sequence : core_.scheduler().running()) {
+      const int computed = sequence->num_computed_tokens();
+      marks.chunked_prompts += computed > sequence->num_cached_tokens() && computed < sequence->num_prompt_tokens();
+    }
+  }
+
+  const std::unique_ptr<engine::ModelRunner> runner_;
+  EngineCore core_;
+  std::mt19937_64 random_;
+  Traces traces_;
+  StepStats stats_;
+  RequestId first_id_ = 0;  // ids are used once
+  int64_t hit_tokens_ = 0;
+  int64_t preempted_twice_ = 0;
+};
+
+void ExpectSame(const Traces& actual, const Traces& expected) {
+  ASSERT_EQ(actual.size(), expected.size());
+  for (const auto& [key, trace] : expected) {
+    SCOPED_TRACE("request " + std::to_string(key.first) + " sequence " + std::to_string(key.second));
+    const auto found = actual.find(key);
+    ASSERT_NE(found, actual.end());
+    EXPECT_EQ(found->second.tokens, trace.tokens);
+    EXPECT_EQ(found->second.logprob_bits, trace.logprob_bits);
+    EXPECT_EQ(found->second.reason, trace.reason);
+  }
+}
+
+TEST_F(BitExactTest, ARequestHasTheSameBitsHoweverTheWorkIsCutUp) {
   Marks marks;
   for (uint64_t seed = 1; seed <= kNumSeeds; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     std::mt19937_64 random(seed);
     const std::vector<Request> requests = RandomRequests(random);
     const auto pick = [&random](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
-    // From a pool in which one sequence barely fits to one that holds a few.
-    const int one_sequence = (kMaxPrompt + kMaxOutput + kBlockSize - 1) / kBlockSize;
-    const Schedule crowded{.num_blocks = pick(one_sequence, 3 * one_sequence),
-                           .max_running = pick(2, 8),
-                           .max_step_tokens = pick(8, 64),
-                           .max_prefill_chunk = pick(1, 32),
-                           .threads = pick(1, 2),
-                           .seed = random()};
-    const Traces together = Run(requests, crowded, &marks);
-
+    // Each request alone, in a new runner each: what a restart or another replica gives.
     Traces alone;
     for (const Request& request : requests) {
-      for (auto& [key, trace] : Run({request}, Schedule{}, nullptr)) alone[key] = trace;
+      for (auto& [key, trace] : Engine(model_, Schedule{}).Run({request})) alone[key] = trace;
     }
-    ASSERT_EQ(together.size(), alone.size());
-    for (const auto& [key, trace] : alone) {
-      const auto found = together.find(key);
-      ASSERT_NE(found, together.end());
-      EXPECT_EQ(found->second.tokens, trace.tokens) << "request " << key.first << " sequence " << key.second;
-      EXPECT_EQ(found->second.logprob_bits, trace.logprob_bits)
-          << "request " << key.first << " sequence " << key.second;
-      EXPECT_EQ(found->second.reason, trace.reason) << "request " << key.first << " sequence " << key.second;
+    // From a pool in which one sequence barely fits to one that holds a few.
+    const int one_sequence = (kMaxPrompt + kMaxOutput + kBlockSize - 1) / kBlockSize;
+    Schedule crowded{.num_blocks = pick(one_sequence, 3 * one_sequence),
+                     .max_running = pick(2, 8),
+                     .max_step_tokens = pick(8, 64),
+                     .max_prefill_chunk = pick(1, 32),
+                     .threads = pick(1, 2)};
+    for (const Overlap overlap : {Overlap::kOff, Overlap::kOn}) {
+      SCOPED_TRACE(overlap == Overlap::kOn ? "overlap" : "no overlap");
+      crowded.overlap = overlap;
+      crowded.admission_mode = pick(0, 3) == 0 ? AdmissionMode::kReserve : AdmissionMode::kOptimistic;
+      crowded.max_preemptions = pick(0, 1) == 0 ? pick(0, 2) : 1000000;
+      crowded.seed = random();
+      Engine engine(model_, crowded);
+      ExpectSame(engine.Run(requests, &marks), alone);
+      marks.cold_hit_tokens += engine.hit_tokens();
+      ExpectSame(engine.Run(requests, &marks), alone);
+      marks.warm_hit_tokens += engine.hit_tokens();
     }
     if (HasFailure()) return;
   }
-  std::printf("preemptions %d, chunks after the first %d, steps that mix prefill and decode %d, shared tokens %d\n",
-              marks.preemptions, marks.chunked_prompts, marks.mixed_steps, marks.shared_tokens);
-  EXPECT_GT(marks.preemptions, 0);
-  EXPECT_GT(marks.chunked_prompts, 0);
-  EXPECT_GT(marks.mixed_steps, 0);
-  EXPECT_GT(marks.shared_tokens, 0);
+  std::printf(
+      "preemptions %ld, sequences preempted twice %ld, steps with a prompt half-way %ld, steps that mix prefill "
+      "and decode %ld, tokens shared cold %ld and warm %ld, rows wasted %ld\n",
+      marks.preemptions, marks.preempted_twice, marks.chunked_prompts, marks.mixed_steps, marks.cold_hit_tokens,
+      marks.warm_hit_tokens, marks.rows_in_flight_at_the_end);
+  for (const int64_t count : {marks.preemptions, marks.preempted_twice, marks.chunked_prompts, marks.mixed_steps,
+                              marks.cold_hit_tokens, marks.warm_hit_tokens, marks.rows_in_flight_at_the_end}) {
+    EXPECT_GT(count, 0);
+  }
+  EXPECT_GT(marks.warm_hit_tokens, marks.cold_hit_tokens);
 }
 
 }  // namespace

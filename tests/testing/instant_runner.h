@@ -32,7 +32,7 @@ class InstantRunner : public engine::ModelRunner {
     for (engine::ResultRowOutput& row : result.rows) row.token_id = 7;
     return result;
   }
-  void Recycle(engine::StepResult result) override { recycled_ = std::move(result); }
+  void Recycle(engine::StepResult&& result) override { recycled_ = std::move(result); }
   bool submits_asynchronously() const override { return is_asynchronous_; }
   const engine::ModelInfo& model_info() const override { return info_; }
   int num_kv_blocks() const override { return num_kv_blocks_; }

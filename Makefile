@@ -2,6 +2,7 @@
 # make test    installs, builds and runs every check
 # make serve   runs the server until Ctrl-C and prints its ports
 # make lint    formatting and static analysis      make format  formats the sources
+# make bench   measures the CPU engine against the limits of this machine (random weights, below build/bench)
 # make clean   removes build/
 # make soak-sim HOURS=1   simulates the scheduler for that long, on JOBS cores
 #
@@ -16,7 +17,7 @@ PORT ?= 50051
 METRICS_PORT ?= 9090
 SANITIZED_ROOMS ?= engine|scheduler|simulation|server|clients
 
-.PHONY: help build demo serve test test-release test-asan test-tsan lint format clean soak-sim deps-build deps-test deps-clients deps-lint
+.PHONY: help bench build demo serve test test-release test-asan test-tsan lint format clean soak-sim deps-build deps-test deps-clients deps-lint
 
 help:
 	@sed -n '1,9s/^# \{0,1\}//p' Makefile
@@ -67,6 +68,12 @@ soak-sim: deps-test
 	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
 	@cmake --build --preset release -j $(JOBS) --target minitron-soak-sim
 	@now=$$(date +%s); seq $(JOBS) | xargs -P $(JOBS) -I{} build/release/bin/minitron-soak-sim $(HOURS) $${now}{}00000000
+
+# The tables of tests/bench/README.md. Run it on a quiet machine.
+bench: deps-test
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
+	@cmake --build --preset release -j $(JOBS) --target minitron-bench-engine minitron-make-checkpoint
+	@tests/bench/run.sh build/release/bin build/bench
 
 clean:
 	@rm -rf build

@@ -21,7 +21,7 @@ enum class KvCacheType { kBf16, kF32 };
 struct EngineOptions {
   std::string model_dir;  // Hugging Face style folder: config.json and weights
   Backend backend = Backend::kAuto;
-  int num_threads = 0;                             // CPU backend; 0 means one per core
+  int num_threads = 0;                             // CPU backend; 0 means one per physical core
   Quantization quantization = Quantization::kOff;  // CPU backend
   std::string cache_dir;  // CPU backend: folder of packed weights; empty: beside the model when they are large
   KvCacheType kv_cache_type = KvCacheType::kBf16;  // CPU backend

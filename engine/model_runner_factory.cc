@@ -15,6 +15,7 @@
 #include "engine/base/status_macros.h"
 #include "engine/checkpoint/checkpoint.h"
 #include "engine/cpu/cpu_model_runner.h"
+#include "engine/cpu/cpu_topology.h"
 #include "engine/cpu/packed_weights.h"
 #include "engine/model_config.h"
 #include "engine/model_runner.h"

@@ -54,7 +54,7 @@ const std::vector<Flag>& Flags() {
       Text("quantize", &O::quantize, "weights on the CPU: none (as loaded), int8 or int4"),
       Text("kv-cache-dtype", &O::kv_cache_dtype, "element type of the CPU's KV cache: bf16 or fp32"),
       Text("cache-dir", &O::cache_dir, "folder of packed weights; default: the model's, if they are 256 MiB or more"),
-      Int("threads", &O::threads, 0, 1024, "CPU threads; 0 means one per core"),
+      Int("threads", &O::threads, 0, 1024, "CPU threads; 0 means one per physical core"),
       Int("kv-cache-mib", &O::kv_cache_mib, 0, 1 << 20, "KV-cache size in MiB; 0 sizes it from free memory"),
       Int("block-size", &O::block_size, 8, 256, "tokens per KV block, a power of two"),
       Int("max-num-sequences", &O::max_num_sequences, 1, 4096, "sequences that run at once"),

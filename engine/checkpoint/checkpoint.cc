@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <functional>
 #include <set>
 #include <utility>
 
@@ -60,13 +61,14 @@ class FileCheckpoint : public Checkpoint {
  private:
   // Only inside a mapped file: there pages are private, never written, and come back as they were.
   void Advise(const void* data, int64_t num_bytes, int advice) const {
-    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const auto address = reinterpret_cast<uintptr_t>(data);
+    const int64_t page = sysconf(_SC_PAGESIZE);
     for (const auto& file : files_) {
-      const auto first = reinterpret_cast<uintptr_t>(file->data());
-      if (address < first || address + num_bytes > first + file->size()) continue;
-      const uintptr_t begin = (address + page - 1) / page * page, end = (address + num_bytes) / page * page;
-      if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+      const auto* first = static_cast<const uint8_t*>(data);
+      const std::less<const uint8_t*> before;  // pointers into different files have no order of their own
+      if (before(first, file->data()) || before(file->data() + file->size(), first + num_bytes)) continue;
+      const int64_t offset = first - file->data();
+      const int64_t begin = (offset + page - 1) / page * page, end = (offset + num_bytes) / page * page;
+      if (end > begin) madvise(const_cast<uint8_t*>(file->data()) + begin, end - begin, advice);
     }
   }
 

@@ -1,8 +1,5 @@
 #include "engine/cpu/cpu_model_runner.h"
 
-#include <sched.h>
-
-#include <algorithm>
 #include <utility>
 
 #include "engine/base/check.h"
@@ -12,13 +9,6 @@ namespace minitron::engine::cpu {
 
 int64_t KvBytesPerToken(const NemotronConfig& config, KvCacheType type) {
   return int64_t{2} * config.num_layers * config.key_value_width() * (type == KvCacheType::kBf16 ? 2 : 4);
-}
-
-int NumUsableCores() {
-  cpu_set_t cores;
-  CPU_ZERO(&cores);
-  if (sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
-  return std::max(1, CPU_COUNT(&cores));
 }
 
 std::unique_ptr<ModelRunner> CreateCpuModelRunner(const NemotronConfig& config, const NemotronWeights& weights,

@@ -164,7 +164,7 @@ void PackInt8Panel(const WeightView& source, int64_t panel, uint8_t* block) {
   Group<kInt8Group> w, q;
   for (int64_t begin = 0; begin < source.cols; begin += kInt8Group, block += kInt8BlockBytes) {
     for (int64_t o = 0; o < kPanelOuts; ++o) {
-      LoadGroup(source, panel * kPanelOuts + o, begin, kInt8Group, &w[0][0]);
+      LoadGroup(source, panel * kPanelOuts + o, begin, kInt8Group, reinterpret_cast<float*>(w.data()));
       StoreScale(QuantizeInt8Group(w, q), o, block + kPanelOuts * kInt8Group);
       for (int64_t i = 0; i < kInt8Group; ++i) {
         block[Int8Offset(o, i)] = static_cast<uint8_t>(static_cast<int8_t>(q[i / kWidth][i % kWidth]));
@@ -177,7 +177,7 @@ void PackInt4Panel(const WeightView& source, int64_t panel, uint8_t* block) {
   Group<kInt4Group> w, q;
   for (int64_t begin = 0; begin < source.cols; begin += kInt4Group, block += kInt4BlockBytes) {
     for (int64_t o = 0; o < kPanelOuts; ++o) {
-      LoadGroup(source, panel * kPanelOuts + o, begin, kInt4Group, &w[0][0]);
+      LoadGroup(source, panel * kPanelOuts + o, begin, kInt4Group, reinterpret_cast<float*>(w.data()));
       StoreScale(QuantizeInt4Group(w, q), o, block + kPanelOuts * kInt4Group / 2);
       for (int64_t octet = 0; octet < kInt4Group; octet += 8) {
         for (int64_t j = 0; j < 4; ++j) {

@@ -92,7 +92,7 @@ absl::Status Publish(int dir_fd, int fd, const std::string& name, const std::str
   unlinkat(dir_fd, temporary.c_str(), 0);
   if (linkat(AT_FDCWD, source.c_str(), dir_fd, temporary.c_str(), AT_SYMLINK_FOLLOW) != 0) return Failure(path, "link");
   if (renameat(dir_fd, temporary.c_str(), dir_fd, name.c_str()) == 0) return absl::OkStatus();
-  const absl::Status failure = Failure(path, "rename");
+  absl::Status failure = Failure(path, "rename");
   unlinkat(dir_fd, temporary.c_str(), 0);
   return failure;
 }
@@ -110,7 +110,7 @@ absl::StatusOr<PanelCache> PanelCache::Open(const std::string& dir, const PackPl
   return PanelCache(std::move(fd), dir, plan, checkpoint, pool);
 }
 
-PanelCache::PanelCache(ScopedFd dir, std::string dir_path, const PackPlan& plan, const Checkpoint& checkpoint,
+PanelCache::PanelCache(ScopedFd dir, const std::string& dir_path, const PackPlan& plan, const Checkpoint& checkpoint,
                        ThreadPool& pool)
     : dir_(std::move(dir)), plan_(plan), checkpoint_(checkpoint), pool_(pool) {
   const char* format = plan.matrices.empty() ? "none" : DTypeName(plan.matrices.front().dtype);
@@ -215,7 +215,7 @@ absl::StatusOr<std::unique_ptr<CachedImage>> PanelCache::Build(bool show_progres
   const std::vector<uint64_t> table = ChunkHashes(image->data(), plan_.num_bytes, pool_);
   std::memcpy(bytes + kHeaderBytes, table.data(), table.size() * sizeof(uint64_t));
   const std::string header = Header(ContentHash(), TableHash(table));
-  std::memcpy(bytes, header.data(), header.size());
+  std::copy(header.begin(), header.end(), reinterpret_cast<char*>(bytes));
   mprotect(mapping, file_bytes_, PROT_READ);
   RETURN_IF_ERROR(Publish(dir_.get(), fd.get(), name_, path_));
   return image;

@@ -61,7 +61,8 @@ class PanelCache {
   absl::StatusOr<std::unique_ptr<CachedImage>> Build(bool show_progress);
 
  private:
-  PanelCache(ScopedFd dir, std::string dir_path, const PackPlan& plan, const Checkpoint& checkpoint, ThreadPool& pool);
+  PanelCache(ScopedFd dir, const std::string& dir_path, const PackPlan& plan, const Checkpoint& checkpoint,
+             ThreadPool& pool);
 
   std::string Header(uint64_t content, uint64_t table_hash) const;
   uint64_t ContentHash();

@@ -123,7 +123,7 @@ HWY_INLINE void Bf16Slice(const float* x, int64_t rows, const uint8_t* w, int64_
     }
     return;
   }
-  constexpr int kFewRowsVectors = std::min(4, kPanelVectors);
+  constexpr int kFewRowsVectors = static_cast<int>(std::min<int64_t>(4, kPanelVectors));
   if (rows == 1) {
     for (int64_t v = 0; v < kPanelVectors; v += kFewRowsVectors) {
       Bf16Tile<1, kFewRowsVectors>(x, w + v * kLanes * 4, count, sums + v * kLanes);

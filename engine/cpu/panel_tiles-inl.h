@@ -39,8 +39,8 @@ using F32 = hn::CappedTag<float, 16>;
 using I32 = hn::RebindToSigned<F32>;
 using VF = hn::Vec<F32>;
 using VI = hn::Vec<I32>;
-constexpr int kLanes = static_cast<int>(hn::MaxLanes(F32()));
-constexpr int kPanelVectors = static_cast<int>(kPanelOuts) / kLanes;
+constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(F32()));
+constexpr int64_t kPanelVectors = kPanelOuts / kLanes;
 
 // A tile is kTileVectors vectors of outputs by up to kMaxRows rows. The accumulators, a tile row's weights and a
 // broadcast have to fit the register file (16 registers to AVX2; 32 from AVX-512 on and on NEON) or they spill and a
@@ -59,9 +59,9 @@ HWY_INLINE void ForRowTiles(int64_t rows, const Tile& tile) {
   for (int64_t t = 0, first = 0; t < tiles; ++t) {
     const int64_t count = rows / tiles + (t < rows % tiles ? 1 : 0);
     switch (count) {
-#define MINITRON_ROWS(n)                                                    \
-  case n:                                                                   \
-    if constexpr (n <= kMax) tile(first, std::integral_constant<int, n>()); \
+#define MINITRON_ROWS(n)                                                        \
+  case n:                                                                       \
+    if constexpr ((n) <= kMax) tile(first, std::integral_constant<int, (n)>()); \
     break;
       MINITRON_ROWS(1)
       MINITRON_ROWS(2)

@@ -29,6 +29,8 @@ void WaitForChange(const std::atomic<uint32_t>& value, uint32_t old) {
   value.wait(old, std::memory_order_acquire);
 }
 
+constexpr int64_t NumRanges(int64_t count, int64_t grain) { return (count + grain - 1) / grain; }
+
 constexpr uint64_t Ticket(uint32_t loop, uint32_t unclaimed) { return uint64_t{loop} << 32 | unclaimed; }
 
 }  // namespace
@@ -51,7 +53,7 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::Run(int64_t count, int64_t grain, Trampoline trampoline, const void* function) {
   CHECK(grain > 0);
   if (count <= 0) return;
-  const int64_t num_ranges = (count + grain - 1) / grain;
+  const int64_t num_ranges = NumRanges(count, grain);
   CHECK(num_ranges <= std::numeric_limits<uint32_t>::max());
   if (workers_.empty() || num_ranges == 1) {
     for (int64_t begin = 0; begin < count; begin += grain) {
@@ -86,7 +88,8 @@ void ThreadPool::RunRanges(uint32_t loop, int thread) {
     if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
       continue;
     }
-    const int64_t begin = (static_cast<int64_t>(static_cast<uint32_t>(ticket)) - 1) * grain;
+    // In ascending order: a thread that claims twice in a row reads on where it was.
+    const int64_t begin = (NumRanges(count, grain) - static_cast<uint32_t>(ticket)) * grain;
     trampoline(function, begin, std::min(begin + grain, count), thread);
     if (ranges_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) ranges_left_.notify_one();
     ticket = ticket_.load(std::memory_order_acquire);

@@ -1,13 +1,15 @@
 // minitron-bench-engine: the CPU backend against the limits of the machine it runs on.
 //   minitron-bench-engine [--threads N] [--shape 1b|1b-square|8b] [--target NAME] [--ops] [--rows 1,8] [--model DIR]
-//                         [--quantize none|int8|int4] [--cache-dir DIR] [--batches 1,8] [--prefill N] [--chunk N] [--repeats N]
+//                         [--quantize none|int8|int4] [--cache-dir DIR] [--batches 1,8] [--prefill N] [--chunk N]
+//                         [--context N] [--steps N]
+//                         [--repeats N]
 // Without --model only the limits and, with --ops, single matrix products are measured.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
-#include "engine/cpu/cpu_model_runner.h"
+#include "engine/cpu/cpu_topology.h"
 #include "hwy/targets.h"
 #include "tests/bench/limits.h"
 #include "tests/bench/model_bench.h"
@@ -87,6 +89,8 @@ Options Parse(int argc, char** argv) {
       options.run.prefill_tokens = ParseCount(flag, value, 0, 4096);
     } else if (flag == "--chunk") {
       options.run.prefill_chunk = ParseCount(flag, value, 1, 4096);
+    } else if (flag == "--context") {
+      options.run.decode_context = ParseCount(flag, value, 1, 4096);
     } else if (flag == "--steps") {
       options.run.decode_steps = ParseCount(flag, value, 1, 1024);
     } else if (flag == "--repeats") {
@@ -117,15 +121,16 @@ int Run(const Options& options) {
   ChooseTarget(options.target);
   const int64_t best = hwy::SupportedTargets() & HWY_TARGETS;
   std::printf("target %s, %d threads\n", hwy::TargetName(best & -best), options.engine.num_threads);
+  Limits limits;
   {
     engine::cpu::ThreadPool pool(options.engine.num_threads);
-    const Limits limits = MeasureLimits(pool);
+    limits = MeasureLimits(pool);
     std::printf("limits: read %.1f GB/s, fp32 FMA %.1f GFLOP/s\n", limits.read_bytes_per_s * 1e-9,
                 limits.fma_flops_per_s * 1e-9);
     if (options.ops) BenchMatMul(pool, limits, options.shape, options.rows);
   }
   if (options.engine.model_dir.empty()) return 0;
-  return BenchModel(options.engine, options.run) ? 0 : 1;
+  return BenchModel(options.engine, options.run, limits) ? 0 : 1;
 }
 
 }  // namespace

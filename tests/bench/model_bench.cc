@@ -107,7 +107,7 @@ double DecodeRate(ModelRunner& runner, const ModelRun& run, int batch) {
 
 }  // namespace
 
-bool BenchModel(engine::EngineOptions options, const ModelRun& run) {
+bool BenchModel(engine::EngineOptions options, const ModelRun& run, const Limits& limits) {
   const int largest = run.batches.empty() ? 1 : *std::max_element(run.batches.begin(), run.batches.end());
   options.max_num_sequences = std::max(16, largest);
   options.max_num_tokens = std::max(512, run.prefill_chunk);
@@ -120,17 +120,22 @@ bool BenchModel(engine::EngineOptions options, const ModelRun& run) {
   ModelRunner& runner = **created;
   std::printf("model %s: ready in %.2f s, resident %.0f MiB\n", runner.model_info().weight_type.c_str(), Now() - start,
               StatusMib("VmRSS"));
+  const engine::ModelInfo& info = runner.model_info();
+  const double embedding = static_cast<double>(info.vocab_size) * info.hidden_size;
+  const double step_bytes = static_cast<double>(info.weight_bytes) - 2.0 * embedding;
+  // The head works on the last token of a prompt alone.
+  const double token_flops = 2.0 * (static_cast<double>(info.num_parameters) - 2.0 * embedding);
   std::vector<double> rates;
   if (run.prefill_tokens > 0) {
     for (int i = 0; i < run.repeats; ++i) rates.push_back(PrefillRate(runner, run));
-    std::printf("  %-6s prefill %4d      %9.2f tok/s\n", runner.model_info().weight_type.c_str(), run.prefill_tokens,
-                Median(rates));
+    std::printf("  %-6s prefill %4d      %9.2f tok/s  %3.0f %% of FMA\n", info.weight_type.c_str(), run.prefill_tokens,
+                Median(rates), 100.0 * Median(rates) * token_flops / limits.fma_flops_per_s);
   }
   for (const int batch : run.batches) {
     rates.clear();
     for (int i = 0; i < run.repeats; ++i) rates.push_back(DecodeRate(runner, run, batch));
-    std::printf("  %-6s decode batch %2d  %9.2f tok/s\n", runner.model_info().weight_type.c_str(), batch,
-                Median(rates));
+    std::printf("  %-6s decode batch %2d  %9.2f tok/s  %3.0f %% of read\n", info.weight_type.c_str(), batch,
+                Median(rates), 100.0 * Median(rates) / batch * step_bytes / limits.read_bytes_per_s);
     std::fflush(stdout);
   }
   std::printf("  %-6s resident %.0f MiB (file-backed %.0f MiB)\n", runner.model_info().weight_type.c_str(),

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "engine/model_runner.h"
+#include "tests/bench/limits.h"
 
 namespace minitron::bench {
 
@@ -17,8 +18,10 @@ struct ModelRun {
   int repeats = 3;
 };
 
-// Loads the model and prints, one line each: seconds to load, resident memory, prefill tokens/s and decode tokens/s per
-// batch size, medians of `repeats`. Returns false and prints why if the model does not load.
-bool BenchModel(engine::EngineOptions options, const ModelRun& run);
+// Loads the model and prints, one line each: seconds to load, resident memory, prefill tokens/s (and its share of the
+// FMA limit, counting matrix products alone) and decode tokens/s per batch size (and the share of the read limit that
+// reading every matrix once per step makes), medians of `repeats`. Returns false and prints why if the model does not
+// load.
+bool BenchModel(engine::EngineOptions options, const ModelRun& run, const Limits& limits);
 
 }  // namespace minitron::bench

@@ -1,0 +1,20 @@
+// How many threads are worth starting.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace minitron::engine::cpu {
+
+// Physical cores among `cpus` (ids of hardware threads), by the kernel's topology files below `sys_cpu_dir`
+// (/sys/devices/system/cpu). A hardware thread whose files cannot be read counts as a core of its own.
+int CountPhysicalCores(const std::vector<int>& cpus, const std::string& sys_cpu_dir);
+
+// Whole CPUs a control group's cpu.max allows ("200000 100000" is 2, "max 100000" no limit), rounded up; 0: no limit.
+int QuotaCpus(const std::string& cpu_max);
+
+// Physical cores this process may run on (affinity, cpuset, CPU quota of its control group), at least 1. Hyper-threads
+// share the units that multiply and the path to memory: a second one per core makes a step slower, not faster.
+int NumUsableCores();
+
+}  // namespace minitron::engine::cpu

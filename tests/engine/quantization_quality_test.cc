@@ -1,0 +1,161 @@
+// What the compact formats cost in quality, on text the shipped model was not trained on. Prints the table of
+// engine/README.md and holds each format to its bound.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "engine/checkpoint/checkpoint.h"
+#include "engine/cpu/cpu_ops.h"
+#include "engine/cpu/packed_weights.h"
+#include "engine/model_config.h"
+#include "engine/nemotron_forward.h"
+#include "gtest/gtest.h"
+
+namespace minitron::engine {
+namespace {
+
+constexpr int kBlockSize = 16;
+constexpr int kMaxTokens = 512;
+
+struct Format {
+  const char* name;
+  Quantization quantization;
+  KvCacheType kv;
+  double max_loss_change;     // nats per token, either way
+  double max_relative_error;  // of logits: rms of the differences / rms of the logits around their mean
+  double min_same_top;        // share of positions whose most likely token is the reference's
+};
+
+// The reference: bf16 weights, keys and values in fp32. Measured values are in engine/README.md; the bounds leave about
+// half as much again, and the shipped model (hidden size 192) is far more sensitive than one of billions.
+constexpr Format kReference = {"bf16, fp32 KV", Quantization::kOff, KvCacheType::kF32, 0.0, 0.0, 1.0};
+constexpr Format kFormats[] = {
+    {"bf16, bf16 KV", Quantization::kOff, KvCacheType::kBf16, 0.0005, 0.002, 0.995},
+    {"int8, bf16 KV", Quantization::kInt8, KvCacheType::kBf16, 0.001, 0.006, 0.99},
+    {"int4, bf16 KV", Quantization::kInt4, KvCacheType::kBf16, 0.015, 0.06, 0.91},
+};
+
+struct Quality {
+  std::vector<float> logits;  // [tokens, vocab], all texts
+  double loss = 0.0;          // nats per token
+};
+
+class QuantizationQualityTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    const std::string root = MINITRON_SOURCE_DIR;
+    const std::string dir = root + "/deploy/models/minitron-tiny";
+    config_ = *LoadNemotronConfig(dir);
+    auto checkpoint = Checkpoint::Open(dir);
+    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+    checkpoint_ = *std::move(checkpoint);
+    auto weights = MapNemotronWeights(*checkpoint_, config_);
+    ASSERT_TRUE(weights.ok()) << weights.status();
+    source_ = *weights;
+    std::ifstream file(root + "/tests/engine/testdata/held_out_tokens.txt");
+    for (std::string line; std::getline(file, line);) {
+      std::istringstream words(line);
+      std::vector<TokenId>& text = texts_.emplace_back();
+      for (TokenId token; words >> token;) text.push_back(token);
+      ASSERT_LE(text.size(), size_t{kMaxTokens});
+    }
+    ASSERT_EQ(texts_.size(), 4u);
+  }
+
+  static Batch WholeText(const std::vector<TokenId>& tokens) {
+    Batch batch;
+    for (int t = 0; t < static_cast<int>(tokens.size()); ++t) {
+      if (t % kBlockSize == 0) batch.block_ids.push_back(t / kBlockSize);
+      batch.token_ids.push_back(tokens[t]);
+      batch.positions.push_back(t);
+      batch.slot_mapping.push_back(t);
+    }
+    batch.query_start.push_back(batch.num_tokens());
+    batch.block_start.push_back(static_cast<int>(batch.block_ids.size()));
+    batch.kv_lens.push_back(batch.num_tokens());
+    return batch;
+  }
+
+  Quality Measure(const Format& format) {
+    cpu::ThreadPool pool(2);
+    const cpu::PackPlan plan(source_, format.quantization);
+    const cpu::PackedWeights packed(source_, checkpoint_.get(), plan, false, pool);
+    const RunnerLimits limits{.block_size = kBlockSize,
+                              .num_kv_blocks = kMaxTokens / kBlockSize,
+                              .max_num_sequences = 1,
+                              .max_num_tokens = kMaxTokens,
+                              .max_context_tokens = config_.max_position_embeddings,
+                              .kv_cache_type = format.kv};
+    cpu::CpuOps ops(config_, limits, 2);
+    ForwardBuffers<cpu::CpuOps> buffers(ops, config_, kMaxTokens);
+    Quality quality;
+    int64_t count = 0;
+    for (const std::vector<TokenId>& text : texts_) {
+      const Batch batch = WholeText(text);
+      const auto hidden = Forward(ops, config_, packed.weights(), ops.Upload(batch), buffers);
+      std::vector<float> logits(hidden.rows * config_.vocab_size);
+      ops.MatMul(hidden, packed.weights().lm_head, {logits.data(), hidden.rows, config_.vocab_size});
+      for (int64_t t = 0; t + 1 < hidden.rows; ++t, ++count) {
+        quality.loss += Loss(&logits[t * config_.vocab_size], text[t + 1]);
+      }
+      quality.logits.insert(quality.logits.end(), logits.begin(), logits.end());
+    }
+    quality.loss /= static_cast<double>(count);
+    return quality;
+  }
+
+  double Loss(const float* logits, TokenId next) const {
+    const double maximum = *std::max_element(logits, logits + config_.vocab_size);
+    double sum = 0.0;
+    for (int v = 0; v < config_.vocab_size; ++v) sum += std::exp(logits[v] - maximum);
+    return std::log(sum) + maximum - logits[next];
+  }
+
+  NemotronConfig config_;
+  std::unique_ptr<Checkpoint> checkpoint_;
+  NemotronWeights source_;
+  std::vector<std::vector<TokenId>> texts_;
+};
+
+TEST_F(QuantizationQualityTest, EveryFormatStaysWithinItsBound) {
+  const Quality reference = Measure(kReference);
+  // The model's own held-out loss is 3.37; another value means that the tokens or the model are not what they were.
+  EXPECT_NEAR(reference.loss, 3.4, 0.4);
+  std::printf("%-14s loss %.4f\n", kReference.name, reference.loss);
+  const size_t vocab = config_.vocab_size, rows = reference.logits.size() / vocab;
+  for (const Format& format : kFormats) {
+    const Quality quality = Measure(format);
+    double errors = 0.0, squares = 0.0, largest = 0.0;
+    size_t same_top = 0;
+    for (size_t r = 0; r < rows; ++r) {
+      const float* expected = &reference.logits[r * vocab];
+      const float* found = &quality.logits[r * vocab];
+      double mean = 0.0;
+      for (size_t v = 0; v < vocab; ++v) mean += expected[v] / static_cast<double>(vocab);
+      for (size_t v = 0; v < vocab; ++v) {
+        const double error = found[v] - expected[v];
+        errors += error * error;
+        squares += (expected[v] - mean) * (expected[v] - mean);
+        largest = std::max(largest, std::abs(error));
+      }
+      same_top +=
+          std::max_element(expected, expected + vocab) - expected == std::max_element(found, found + vocab) - found;
+    }
+    const double relative = std::sqrt(errors / squares);
+    const double same = static_cast<double>(same_top) / static_cast<double>(rows);
+    std::printf(
+        "%-14s loss %.4f (%+.4f), logits off by %.4f rms of their spread, %.3f at most, same top token %.1f %%\n",
+        format.name, quality.loss, quality.loss - reference.loss, relative, largest, 100.0 * same);
+    EXPECT_LE(std::abs(quality.loss - reference.loss), format.max_loss_change) << format.name;
+    EXPECT_LE(relative, format.max_relative_error) << format.name;
+    EXPECT_GE(same, format.min_same_top) << format.name;
+  }
+}
+
+}  // namespace
+}  // namespace minitron::engine

@@ -4,6 +4,7 @@
 # make lint    formatting and static analysis      make format  formats the sources
 # make bench   measures the CPU engine against the limits of this machine (random weights, below build/bench)
 # make clean   removes build/
+# make gpu-bundle    build/gpu-bundle: all that tests/gpu/run.sh needs on a machine with a GPU and nothing else
 # make soak-sim HOURS=1   simulates the scheduler for that long, on JOBS cores
 #
 # Variables: MODEL=DIR PROMPT=TEXT PORT=N METRICS_PORT=N JOBS=N HOURS=N
@@ -17,10 +18,10 @@ PORT ?= 50051
 METRICS_PORT ?= 9090
 SANITIZED_ROOMS ?= engine|scheduler|simulation|server|clients
 
-.PHONY: help bench build demo serve test test-release test-asan test-tsan lint format clean soak-sim deps-build deps-test deps-clients deps-lint
+.PHONY: help bench build demo serve test test-release test-asan test-tsan lint format clean soak-sim gpu-bundle deps-build deps-test deps-clients deps-lint
 
 help:
-	@sed -n '1,9s/^# \{0,1\}//p' Makefile
+	@sed -n '1,11s/^# \{0,1\}//p' Makefile
 
 deps-build deps-test deps-clients deps-lint:
 	@deploy/install-deps.sh build $(patsubst deps-%,%,$@)
@@ -74,6 +75,12 @@ bench: deps-test
 	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
 	@cmake --build --preset release -j $(JOBS) --target minitron-bench-engine minitron-make-checkpoint
 	@tests/bench/run.sh build/release/bin build/bench
+
+# Needs the CUDA toolkit here, and there only a driver and the toolkit's cublasLt.
+gpu-bundle: deps-test
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON -DMINITRON_CUDA=ON
+	@cmake --build --preset release -j $(JOBS) --target gpu-tests minitron-server minitron
+	@tests/gpu/make_bundle.sh build/release build/gpu-bundle
 
 clean:
 	@rm -rf build

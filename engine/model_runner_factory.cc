@@ -20,6 +20,9 @@
 #include "engine/model_config.h"
 #include "engine/model_runner.h"
 #include "engine/nemotron_weights.h"
+#if MINITRON_CUDA
+#include "engine/cuda/cuda_backend.h"
+#endif
 
 namespace minitron::engine {
 namespace {
@@ -100,13 +103,23 @@ absl::StatusOr<int> SizeKvCache(const EngineOptions& options, int max_context_to
   return static_cast<int>(std::min<int64_t>(num_blocks, INT32_MAX));
 }
 
-absl::Status CheckBackend(Backend backend) {
+// Whether to run on the device. Error: asked for, and not possible.
+absl::StatusOr<bool> UseCuda(const EngineOptions& options) {
+  if (options.backend == Backend::kCpu) return false;
 #if MINITRON_CUDA
-#error "the CUDA backend's sources are not in this tree"
+  const bool quantized = options.quantization != Quantization::kOff;
+  if (options.backend == Backend::kAuto && quantized) return false;
+  if (quantized)
+    return absl::InvalidArgumentError("quantization is for the cpu backend; the cuda backend has none yet");
+  const absl::Status device = cuda::ProbeDevice();
+  if (device.ok()) return true;
+  if (options.backend == Backend::kCuda) return device;
+  base::LogInfo(absl::StrCat("backend auto: cpu, because ", device.message()));
+  return false;
 #else
-  if (backend == Backend::kCuda) return absl::UnimplementedError("this build has no CUDA backend");
+  if (options.backend == Backend::kCuda) return absl::UnimplementedError("this build has no CUDA backend");
+  return false;
 #endif
-  return absl::OkStatus();
 }
 
 // What the runner's weights point into.
@@ -131,7 +144,7 @@ absl::StatusOr<std::shared_ptr<const LoadedWeights>> Load(std::shared_ptr<const 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptions& options) {
-  RETURN_IF_ERROR(CheckBackend(options.backend));
+  ASSIGN_OR_RETURN([[maybe_unused]] const bool use_cuda, UseCuda(options));
   RETURN_IF_ERROR(CheckOptions(options));
   ASSIGN_OR_RETURN(const NemotronConfig config, LoadNemotronConfig(options.model_dir));
   RETURN_IF_ERROR(CheckRange("max_context_tokens", options.max_context_tokens, 0, config.max_position_embeddings));
@@ -139,6 +152,15 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
   ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> opened, Checkpoint::Open(options.model_dir));
   const std::shared_ptr<const Checkpoint> checkpoint = std::move(opened);
   ASSIGN_OR_RETURN(const NemotronWeights source, MapNemotronWeights(*checkpoint, config));
+#if MINITRON_CUDA
+  if (use_cuda) {
+    const RunnerLimits limits{.block_size = options.block_size,
+                              .max_num_sequences = options.max_num_sequences,
+                              .max_num_tokens = options.max_num_tokens,
+                              .max_context_tokens = max_context};
+    return cuda::CreateCudaBackend(config, source, limits, options.kv_cache_bytes);
+  }
+#endif
   ASSIGN_OR_RETURN(const int num_blocks,
                    SizeKvCache(options, max_context, cpu::KvBytesPerToken(config, options.kv_cache_type)));
   const int num_threads = options.num_threads > 0 ? options.num_threads : cpu::NumUsableCores();

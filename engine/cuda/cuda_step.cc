@@ -60,6 +60,8 @@ BatchView CudaOps::ViewOf(const ForwardCounts& counts) const {
 std::vector<BatchView> CudaOps::StepsToRecord() {
   std::vector<BatchView> views;
   for (const int rows : RecordedSizes(limits_.max_num_sequences)) views.push_back(ViewOf(RecordedCounts(rows)));
+  // Largest first: what is chosen on first use (the products' algorithms) is chosen at a full step.
+  std::reverse(views.begin(), views.end());
   return views;
 }
 
@@ -92,7 +94,7 @@ void CudaOps::EndRecording(const BatchView& view) {
   cudaGraphExec_t executable = nullptr;
   Check(cudaGraphInstantiate(&executable, captured, 0), "instantiate graph");
   if (!status_.ok()) return;
-  recorded_.push_back({view.num_tokens, GraphExec(executable)});
+  recorded_.insert(recorded_.begin(), Recorded{view.num_tokens, GraphExec(executable)});  // smallest first
   // PrepareStep's copy must have left the pinned memory before the next step is written there.
   Check(cudaStreamSynchronize(stream_.get()), "stream");
 }

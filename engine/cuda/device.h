@@ -17,8 +17,16 @@
 //   matrix of 16-bit elements, transposed across the warp
 #pragma once
 
-#if !defined(__CUDACC__)
+#if defined(MINITRON_CUDA_EMULATION)
 #include "engine/cuda/emulation/intrinsics.h"
+#elif !defined(__CUDACC__)  // host code of a real build: the types, no intrinsics
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#define HOST_DEVICE
+
 #else
 
 #include <cuda_runtime.h>
@@ -167,15 +175,17 @@ cudaError_t Launch(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, size_t 
 
 }  // namespace minitron::engine::cuda
 
-#endif  // __CUDACC__
+#endif
 
-// What both worlds share.
+// What all worlds share.
 namespace minitron::engine::cuda {
 
 // A bfloat16 as it lies in memory: the upper half of an fp32.
 struct Bf16 {
   uint16_t bits;
 };
+
+#if defined(DEVICE)
 
 DEVICE float ToFloat(Bf16 x) { return BitsToFloat(static_cast<uint32_t>(x.bits) << 16); }
 DEVICE Bf16 ToBf16(float x) { return {static_cast<uint16_t>(PackBf16(x, 0.0f))}; }
@@ -187,5 +197,7 @@ DEVICE int WarpIndex() { return static_cast<int>(ThreadIndex().x / 32); }
 
 // Whether NaN or infinite.
 DEVICE bool NotFinite(float x) { return (FloatBits(x) & 0x7F800000u) == 0x7F800000u; }
+
+#endif  // DEVICE
 
 }  // namespace minitron::engine::cuda

@@ -9,6 +9,7 @@
 
 #include "engine/checkpoint/checkpoint.h"
 #include "engine/cpu/cpu_model_runner.h"
+#include "engine/cuda/cublaslt_matmul.h"
 #include "engine/cuda/cuda_model_runner.h"
 #include "engine/cuda/device.h"
 #include "engine/model_config.h"
@@ -32,8 +33,19 @@ NemotronConfig CudaConfig() {
   return config;
 }
 
+// The products: the reference in emulation, the library on a device.
+std::unique_ptr<MatMul> MakeMatMul() {
+#if defined(MINITRON_CUDA_EMULATION)
+  return CreateReferenceMatMul();
+#else
+  auto matmul = CreateCublasLtMatMul({});
+  EXPECT_TRUE(matmul.ok()) << matmul.status();
+  return *std::move(matmul);
+#endif
+}
+
 std::unique_ptr<ModelRunner> MakeCuda(const RandomModel& model, const RunnerLimits& limits) {
-  auto runner = CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, CreateReferenceMatMul());
+  auto runner = CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, MakeMatMul());
   EXPECT_TRUE(runner.ok()) << runner.status();
   return *std::move(runner);
 }
@@ -94,6 +106,7 @@ TEST(CudaRunnerTest, RandomSchedulesEqualAloneBitForBit) {
   }
 }
 
+#if defined(MINITRON_CUDA_EMULATION)
 TEST(CudaRunnerTest, FiberOrderDoesNotMatter) {
   const std::vector<Job> jobs = RandomJobs(5, 4, 30);
   const std::vector<Trace> expected = RunJobs(jobs, {.max_running = 3});
@@ -103,6 +116,7 @@ TEST(CudaRunnerTest, FiberOrderDoesNotMatter) {
   }
   emulation::SetOrder(emulation::Order::kForward);
 }
+#endif
 
 TEST(CudaRunnerTest, F16AndF32CheckpointsAreServedAsBf16) {
   const std::vector<Job> jobs = RandomJobs(8, 3, 20);
@@ -193,12 +207,55 @@ TEST(CudaRunnerTest, TheShippedModelContinuesPromptsAsOnTheCpu) {
   const RunnerLimits limits{
       .block_size = 16, .num_kv_blocks = 8, .max_num_sequences = 1, .max_num_tokens = 32, .max_context_tokens = 128};
   const auto cpu = cpu::CreateCpuModelRunner(*config, *weights, nullptr, limits, 1);
-  const auto cuda = CreateCudaModelRunner(*config, *weights, limits, kDevice, CreateReferenceMatMul());
+  const auto cuda = CreateCudaModelRunner(*config, *weights, limits, kDevice, MakeMatMul());
   ASSERT_TRUE(cuda.ok()) << cuda.status();
   for (const std::vector<TokenId>& prompt :
        {std::vector<TokenId>{5, 20, 300, 41}, std::vector<TokenId>{900, 17, 1200, 33, 64, 7, 1999, 400}}) {
     EXPECT_EQ(Continue(**cuda, prompt, 12), Continue(*cpu, prompt, 12));
   }
+}
+
+TEST(CudaRunnerTest, ASequenceThatIsNotFiniteFailsAlone) {
+  const RandomModel model(CudaConfig(), DType::kF32, 5);
+  constexpr TokenId kPoison = 9;
+  const WeightView& embedding = model.weights().embedding;
+  std::vector<float> poisoned(static_cast<const float*>(embedding.data),
+                              static_cast<const float*>(embedding.data) + embedding.size());
+  std::fill_n(poisoned.begin() + kPoison * embedding.cols, embedding.cols, std::nanf(""));
+  NemotronWeights weights = model.weights();
+  weights.embedding.data = poisoned.data();
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 4, .max_num_sequences = 4, .max_num_tokens = 64, .max_context_tokens = 64};
+  const auto create = [&] { return *CreateCudaModelRunner(model.config(), weights, limits, kDevice, MakeMatMul()); };
+  const SamplingParams params{.seed = 3};
+  const auto run = [&params](ModelRunner& runner, const std::vector<std::vector<TokenId>>& sequences) {
+    Batch batch;
+    for (int s = 0; s < static_cast<int>(sequences.size()); ++s) {
+      for (int i = 0; i < static_cast<int>(sequences[s].size()); ++i) {
+        batch.token_ids.push_back(sequences[s][i]);
+        batch.positions.push_back(i);
+        batch.slot_mapping.push_back(16 * s + i);
+      }
+      batch.results.push_back(
+          {.token_row = batch.num_tokens() - 1, .sequence = s, .num_top_logprobs = 3, .params = &params});
+      batch.query_start.push_back(batch.num_tokens());
+      batch.block_ids.push_back(s);
+      batch.block_start.push_back(s + 1);
+      batch.kv_lens.push_back(static_cast<int32_t>(sequences[s].size()));
+    }
+    EXPECT_TRUE(runner.Submit(batch).ok());
+    return runner.Collect()->rows;
+  };
+  const auto same = [](const ResultRowOutput& a, const ResultRowOutput& b) {
+    return !a.failed && !b.failed && a.token_id == b.token_id && a.chosen == b.chosen && a.top == b.top;
+  };
+  const std::vector<TokenId> clean = {4, 5, 6, 7}, bad = {1, 2, kPoison, 3, 4, 5, 6};
+  const ResultRowOutput expected = run(*create(), {clean})[0];
+  const auto runner = create();
+  const std::vector<ResultRowOutput> mixed = run(*runner, {bad, clean});
+  EXPECT_TRUE(mixed[0].failed);
+  EXPECT_TRUE(same(mixed[1], expected));
+  EXPECT_TRUE(same(run(*runner, {clean})[0], expected)) << "in the block that held NaN";
 }
 
 TEST(CudaRunnerTest, ShapesWithoutAKernelAreRefusedByName) {
@@ -207,16 +264,17 @@ TEST(CudaRunnerTest, ShapesWithoutAKernelAreRefusedByName) {
   const RandomModel model(config, DType::kBf16, 1);
   const RunnerLimits limits{
       .block_size = 16, .num_kv_blocks = 4, .max_num_sequences = 2, .max_num_tokens = 32, .max_context_tokens = 64};
-  const auto runner = CreateCudaModelRunner(config, model.weights(), limits, kDevice, CreateReferenceMatMul());
+  const auto runner = CreateCudaModelRunner(config, model.weights(), limits, kDevice, MakeMatMul());
   EXPECT_EQ(runner.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(runner.status().message(), "the cuda backend has no kernel for head_dim 80: 64 or 128");
 }
 
+#if defined(MINITRON_CUDA_EMULATION)  // memory and objects are counted there
 TEST(CudaRunnerTest, TheCacheTakesTheMemoryThatIsLeft) {
   const RandomModel model(CudaConfig(), DType::kBf16, 1);
   RunnerLimits limits{.block_size = 16, .max_num_sequences = 2, .max_num_tokens = 32, .max_context_tokens = 640};
   const auto create = [&] {
-    return CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, CreateReferenceMatMul());
+    return CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, MakeMatMul());
   };
   const auto all = create();
   ASSERT_TRUE(all.ok()) << all.status();
@@ -244,6 +302,7 @@ TEST(CudaRunnerTest, NothingIsAllocatedOnceReady) {
   Score(*runner, {3}, {});  // a recorded step
   EXPECT_EQ(emulation::CountLiveObjects(), ready);
 }
+#endif
 
 }  // namespace
 }  // namespace minitron::engine::cuda

@@ -29,6 +29,9 @@ class DeviceArray {
     void* memory = nullptr;
     CHECK(cudaMalloc(&memory, num_bytes()) == cudaSuccess);
     data_ = static_cast<T*>(memory);
+    // What nobody writes is NaN, on a device too.
+    CHECK(cudaMemsetAsync(data_, 0xFF, num_bytes(), TestStream()) == cudaSuccess);
+    CHECK(cudaStreamSynchronize(TestStream()) == cudaSuccess);
   }
   explicit DeviceArray(const std::vector<T>& values) : DeviceArray(static_cast<int64_t>(values.size())) { Set(values); }
   DeviceArray(const DeviceArray&) = delete;

@@ -1,0 +1,290 @@
+#include "engine/cuda/cublaslt_matmul.h"
+
+#include <cublasLt.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <map>
+#include <sstream>
+#include <tuple>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/base/log.h"
+#include "engine/base/status_macros.h"
+#include "engine/cuda/device_memory.h"
+
+namespace minitron::engine::cuda {
+namespace {
+
+constexpr int64_t kWorkspaceBytes = 32 << 20;  // what NVIDIA advises for Hopper; the default preference is none
+constexpr int kMaxCandidates = 16;
+constexpr int kInvariantRows = 64;  // the rows a batch-invariant choice is timed at: a full decode step
+constexpr int kTimedRuns = 10;
+constexpr const char* kLibraryName = "libcublasLt.so." CUBLASLT_MAJOR;
+
+absl::Status LtStatus(cublasStatus_t status, const char* what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
+  const std::string message = absl::StrCat("cublasLt: ", what, ": status ", static_cast<int>(status));
+  return status == CUBLAS_STATUS_NOT_INITIALIZED ? absl::FailedPreconditionError(message)
+                                                 : absl::InternalError(message);
+}
+
+// The library's functions. Never unloaded: its kernels may be part of recorded steps.
+struct Library {
+  decltype(&cublasLtCreate) create;
+  decltype(&cublasLtDestroy) destroy;
+  decltype(&cublasLtGetVersion) version;
+  decltype(&cublasLtMatmul) matmul;
+  decltype(&cublasLtMatmulDescCreate) desc_create;
+  decltype(&cublasLtMatmulDescDestroy) desc_destroy;
+  decltype(&cublasLtMatmulDescSetAttribute) desc_set;
+  decltype(&cublasLtMatrixLayoutCreate) layout_create;
+  decltype(&cublasLtMatrixLayoutDestroy) layout_destroy;
+  decltype(&cublasLtMatmulPreferenceCreate) preference_create;
+  decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy;
+  decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set;
+  decltype(&cublasLtMatmulAlgoGetHeuristic) heuristic;
+  decltype(&cublasLtMatmulAlgoCheck) check;
+
+  static absl::StatusOr<Library> Load() {
+    void* handle = dlopen(kLibraryName, RTLD_NOW | RTLD_LOCAL);
+    if (handle == nullptr) handle = dlopen(CUBLASLT_FOLDER "/libcublasLt.so." CUBLASLT_MAJOR, RTLD_NOW | RTLD_LOCAL);
+    if (handle == nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat("the cuda backend needs ", kLibraryName, ": ", dlerror()));
+    }
+    Library library = {};
+    bool complete = true;
+    const auto find = [&](auto& function, const char* name) {
+      function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(handle, name));
+      complete &= function != nullptr;
+    };
+    find(library.create, "cublasLtCreate");
+    find(library.destroy, "cublasLtDestroy");
+    find(library.version, "cublasLtGetVersion");
+    find(library.matmul, "cublasLtMatmul");
+    find(library.desc_create, "cublasLtMatmulDescCreate");
+    find(library.desc_destroy, "cublasLtMatmulDescDestroy");
+    find(library.desc_set, "cublasLtMatmulDescSetAttribute");
+    find(library.layout_create, "cublasLtMatrixLayoutCreate");
+    find(library.layout_destroy, "cublasLtMatrixLayoutDestroy");
+    find(library.preference_create, "cublasLtMatmulPreferenceCreate");
+    find(library.preference_destroy, "cublasLtMatmulPreferenceDestroy");
+    find(library.preference_set, "cublasLtMatmulPreferenceSetAttribute");
+    find(library.heuristic, "cublasLtMatmulAlgoGetHeuristic");
+    find(library.check, "cublasLtMatmulAlgoCheck");
+    if (!complete) return absl::FailedPreconditionError(absl::StrCat(kLibraryName, " lacks a function"));
+    return library;
+  }
+};
+
+struct Shape {
+  int rows, outs, depth;
+  cudaDataType_t out_type;
+};
+// What a choice is kept under: rows 0 stands for every number of rows.
+using Key = std::tuple<int, int, int, int>;
+
+// Descriptors of out = x * w^T, row-major. To the library matrices are column-major: out^T [outs, rows] =
+// (w^T)^T [depth, outs] * x^T [depth, rows], "TN", the only form its FP8 kernels take as well.
+class Problem {
+ public:
+  Problem(const Library& library, const Shape& shape) : library_(library) {
+    const cublasOperation_t transposed = CUBLAS_OP_T;
+    Keep(library.desc_create(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    if (ok()) Keep(library.desc_set(desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof(transposed)));
+    if (ok()) Keep(library.layout_create(&w, CUDA_R_16BF, shape.depth, shape.outs, shape.depth));
+    if (ok()) Keep(library.layout_create(&x, CUDA_R_16BF, shape.depth, shape.rows, shape.depth));
+    if (ok()) Keep(library.layout_create(&out, shape.out_type, shape.outs, shape.rows, shape.outs));
+  }
+  Problem(const Problem&) = delete;
+  Problem& operator=(const Problem&) = delete;
+  ~Problem() {
+    if (out != nullptr) library_.layout_destroy(out);
+    if (x != nullptr) library_.layout_destroy(x);
+    if (w != nullptr) library_.layout_destroy(w);
+    if (desc != nullptr) library_.desc_destroy(desc);
+  }
+  bool ok() const { return status_ == CUBLAS_STATUS_SUCCESS; }
+  absl::Status status() const { return LtStatus(status_, "descriptors"); }
+
+  cublasLtMatmulDesc_t desc = nullptr;
+  cublasLtMatrixLayout_t w = nullptr, x = nullptr, out = nullptr;
+
+ private:
+  void Keep(cublasStatus_t status) { status_ = status; }
+  const Library& library_;
+  cublasStatus_t status_ = CUBLAS_STATUS_SUCCESS;
+};
+
+class CublasLtMatMul final : public MatMul {
+ public:
+  CublasLtMatMul(const Library& library, const CublasLtOptions& options) : library_(library), options_(options) {}
+  ~CublasLtMatMul() override {
+    if (handle_ != nullptr) library_.destroy(handle_);
+  }
+
+  absl::Status Start() {
+    RETURN_IF_ERROR(LtStatus(library_.create(&handle_), "create"));
+    ASSIGN_OR_RETURN(workspace_, DeviceBuffer<unsigned char>::Allocate(kWorkspaceBytes));
+    cudaDeviceProp properties = {};
+    RETURN_IF_ERROR(ToStatus(cudaGetDeviceProperties(&properties, 0), "device properties"));
+    fingerprint_ = absl::StrCat(properties.name, " cublasLt ", library_.version());
+    std::replace(fingerprint_.begin(), fingerprint_.end(), ' ', '_');
+    LoadChoices();
+    return absl::OkStatus();
+  }
+
+  absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Bf16* out,
+                   cudaStream_t stream) override {
+    return RunAs({rows, outs, depth, CUDA_R_16BF}, x, w, out, stream);
+  }
+  absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, float* out,
+                   cudaStream_t stream) override {
+    return RunAs({rows, outs, depth, CUDA_R_32F}, x, w, out, stream);
+  }
+  int64_t workspace_bytes() const override { return kWorkspaceBytes; }
+
+ private:
+  Key KeyOf(const Shape& shape) const {
+    return {options_.batch_invariant ? 0 : shape.rows, shape.outs, shape.depth, static_cast<int>(shape.out_type)};
+  }
+
+  absl::Status RunAs(const Shape& shape, const Bf16* x, const Bf16* w, void* out, cudaStream_t stream) {
+    auto found = choices_.find(KeyOf(shape));
+    if (found == choices_.end()) {
+      RETURN_IF_ERROR(Choose(shape, x, w, out, stream));
+      found = choices_.find(KeyOf(shape));
+    }
+    const Problem problem(library_, shape);
+    RETURN_IF_ERROR(problem.status());
+    return Enqueue(problem, found->second, x, w, out, stream);
+  }
+
+  absl::Status Enqueue(const Problem& problem, const cublasLtMatmulAlgo_t& algorithm, const Bf16* x, const Bf16* w,
+                       void* out, cudaStream_t stream) {
+    const float one = 1.0f, zero = 0.0f;
+    return LtStatus(library_.matmul(handle_, problem.desc, &one, w, problem.w, x, problem.x, &zero, out, problem.out,
+                                    out, problem.out, &algorithm, workspace_.data(), kWorkspaceBytes, stream),
+                    "matmul");
+  }
+
+  // The candidates of the library's heuristic for a shape, best guess first.
+  absl::StatusOr<std::vector<cublasLtMatmulAlgo_t>> Candidates(const Problem& problem) {
+    cublasLtMatmulPreference_t preference = nullptr;
+    RETURN_IF_ERROR(LtStatus(library_.preference_create(&preference), "preference"));
+    const uint64_t workspace = kWorkspaceBytes;
+    // Split-K sums in an order that depends on the split. Where it is allowed, partial sums stay in fp32.
+    const uint32_t schemes = options_.batch_invariant
+                                 ? CUBLASLT_REDUCTION_SCHEME_NONE
+                                 : CUBLASLT_REDUCTION_SCHEME_INPLACE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    std::array<cublasLtMatmulHeuristicResult_t, kMaxCandidates> results = {};
+    int count = 0;
+    cublasStatus_t status =
+        library_.preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof(workspace));
+    if (status == CUBLAS_STATUS_SUCCESS) {
+      status =
+          library_.preference_set(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof(schemes));
+    }
+    if (status == CUBLAS_STATUS_SUCCESS) {
+      status = library_.heuristic(handle_, problem.desc, problem.w, problem.x, problem.out, problem.out, preference,
+                                  kMaxCandidates, results.data(), &count);
+    }
+    library_.preference_destroy(preference);
+    RETURN_IF_ERROR(LtStatus(status, "heuristic"));
+    std::vector<cublasLtMatmulAlgo_t> algorithms;
+    for (int i = 0; i < count; ++i) {
+      if (results[i].state == CUBLAS_STATUS_SUCCESS) algorithms.push_back(results[i].algo);
+    }
+    if (algorithms.empty()) return absl::InternalError("cublasLt: no algorithm for a shape");
+    return algorithms;
+  }
+
+  // Times the candidates where that is possible and keeps the fastest.
+  absl::Status Choose(const Shape& shape, const Bf16* x, const Bf16* w, void* out, cudaStream_t stream) {
+    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+    RETURN_IF_ERROR(ToStatus(cudaStreamIsCapturing(stream, &capturing), "capture status"));
+    Shape asked = shape;
+    if (options_.batch_invariant) asked.rows = kInvariantRows;
+    const Problem problem(library_, asked);
+    RETURN_IF_ERROR(problem.status());
+    ASSIGN_OR_RETURN(const std::vector<cublasLtMatmulAlgo_t> candidates, Candidates(problem));
+    size_t best = 0;
+    // The operands have shape.rows rows; timing more would read past them.
+    if (capturing == cudaStreamCaptureStatusNone && asked.rows <= shape.rows) {
+      float best_ms = std::numeric_limits<float>::infinity();
+      for (size_t i = 0; i < candidates.size(); ++i) {
+        ASSIGN_OR_RETURN(const float ms, Time(problem, candidates[i], x, w, out, stream));
+        if (ms < best_ms) best_ms = ms, best = i;
+      }
+    }
+    choices_[KeyOf(shape)] = candidates[best];
+    SaveChoices();
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<float> Time(const Problem& problem, const cublasLtMatmulAlgo_t& algorithm, const Bf16* x,
+                             const Bf16* w, void* out, cudaStream_t stream) {
+    cudaEvent_t handles[2] = {};
+    RETURN_IF_ERROR(ToStatus(cudaEventCreate(&handles[0]), "event"));
+    const Event begin(handles[0]);
+    RETURN_IF_ERROR(ToStatus(cudaEventCreate(&handles[1]), "event"));
+    const Event end(handles[1]);
+    if (!Enqueue(problem, algorithm, x, w, out, stream).ok()) return std::numeric_limits<float>::infinity();
+    RETURN_IF_ERROR(ToStatus(cudaEventRecord(begin.get(), stream), "record event"));
+    for (int run = 0; run < kTimedRuns; ++run) RETURN_IF_ERROR(Enqueue(problem, algorithm, x, w, out, stream));
+    RETURN_IF_ERROR(ToStatus(cudaEventRecord(end.get(), stream), "record event"));
+    RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(end.get()), "wait for a timed product"));
+    float ms = 0.0f;
+    RETURN_IF_ERROR(ToStatus(cudaEventElapsedTime(&ms, begin.get(), end.get()), "elapsed time"));
+    return ms;
+  }
+
+  // The file: one line per choice: fingerprint, key, the algorithm's 8 opaque words.
+  void LoadChoices() {
+    std::ifstream file(options_.tuning_file);
+    std::string line;
+    while (std::getline(file, line)) {
+      std::istringstream words(line);
+      std::string fingerprint;
+      int rows = 0, outs = 0, depth = 0, type = 0;
+      cublasLtMatmulAlgo_t algorithm = {};
+      words >> fingerprint >> rows >> outs >> depth >> type;
+      for (auto& word : algorithm.data) words >> word;
+      if (words && fingerprint == fingerprint_) choices_[{rows, outs, depth, type}] = algorithm;
+    }
+  }
+  void SaveChoices() const {
+    if (options_.tuning_file.empty()) return;
+    std::ofstream file(options_.tuning_file, std::ios::trunc);
+    for (const auto& [key, algorithm] : choices_) {
+      file << fingerprint_ << ' ' << std::get<0>(key) << ' ' << std::get<1>(key) << ' ' << std::get<2>(key) << ' '
+           << std::get<3>(key);
+      for (const auto word : algorithm.data) file << ' ' << word;
+      file << '\n';
+    }
+    if (!file) base::LogWarning(absl::StrCat("cannot write ", options_.tuning_file));
+  }
+
+  const Library library_;
+  const CublasLtOptions options_;
+  cublasLtHandle_t handle_ = nullptr;
+  DeviceBuffer<unsigned char> workspace_;
+  std::string fingerprint_;
+  std::map<Key, cublasLtMatmulAlgo_t> choices_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<MatMul>> CreateCublasLtMatMul(const CublasLtOptions& options) {
+  ASSIGN_OR_RETURN(const Library library, Library::Load());
+  auto matmul = std::make_unique<CublasLtMatMul>(library, options);
+  RETURN_IF_ERROR(matmul->Start());
+  return matmul;
+}
+
+}  // namespace minitron::engine::cuda

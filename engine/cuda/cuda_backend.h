@@ -1,0 +1,25 @@
+// The CUDA backend as the factory sees it: no CUDA types, so that its includes stay in this room.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/model_config.h"
+#include "engine/model_runner.h"
+#include "engine/model_runner_impl.h"
+#include "engine/nemotron_weights.h"
+
+namespace minitron::engine::cuda {
+
+// Whether there is a device this build runs on. Error: FAILED_PRECONDITION says what is missing.
+absl::Status ProbeDevice();
+
+// The runner over cublasLt on device 0. `weights` are copied and may go afterwards. kv_cache_bytes 0: sized from the
+// memory left. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, FAILED_PRECONDITION, INTERNAL; see cuda_model_runner.h.
+absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaBackend(const NemotronConfig& config,
+                                                               const NemotronWeights& weights, RunnerLimits limits,
+                                                               int64_t kv_cache_bytes);
+
+}  // namespace minitron::engine::cuda

@@ -1,6 +1,8 @@
 # make demo    installs, builds, starts the server with the shipped model and streams a completion
 # make test    installs, builds and runs every check
 # make serve   runs the server until Ctrl-C and prints its ports
+# make bench-scheduling   the scheduler in virtual time, and refusals through gRPC; rewrites their tables
+# make mutants plants bugs into the scheduler, checks that the simulator finds them, rewrites the table
 # make lint    formatting and static analysis      make format  formats the sources
 # make bench   measures the CPU engine against the limits of this machine (random weights, below build/bench)
 # make clean   removes build/
@@ -18,10 +20,10 @@ PORT ?= 50051
 METRICS_PORT ?= 9090
 SANITIZED_ROOMS ?= engine|scheduler|simulation|server|clients
 
-.PHONY: help bench build demo serve test test-release test-asan test-tsan lint format clean soak-sim gpu-bundle deps-build deps-test deps-clients deps-lint
+.PHONY: help bench bench-scheduling mutants build demo serve test test-release test-asan test-tsan lint format clean soak-sim gpu-bundle deps-build deps-test deps-clients deps-lint
 
 help:
-	@sed -n '1,11s/^# \{0,1\}//p' Makefile
+	@sed -n '1,13s/^# \{0,1\}//p' Makefile
 
 deps-build deps-test deps-clients deps-lint:
 	@deploy/install-deps.sh build $(patsubst deps-%,%,$@)
@@ -55,6 +57,18 @@ test-tsan: deps-test
 	@cmake --preset tsan --log-level=WARNING
 	@cmake --build --preset tsan -j $(JOBS) --target thread-tests
 	@ctest --preset tsan -j $(JOBS) -L 'scheduler|simulation|server' -E scheduler_simulation_test
+
+bench-scheduling: deps-test
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
+	@cmake --build --preset release -j $(JOBS) --target minitron-bench-scheduling minitron-server
+	@tests/bench/update_readme.py scheduling build/release/bin/minitron-bench-scheduling
+	@tests/bench/update_readme.py refusals tests/bench/refusal_latency.py
+
+# About ten seconds per bug, most of it compiling.
+mutants: deps-test
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
+	@cmake --build --preset release -j $(JOBS) --target scheduler_simulation_test enumeration_test
+	@tests/simulation/planted_bugs.py run --build build/release --table tests/simulation/README.md
 
 lint: deps-lint deps-test
 	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON

@@ -21,9 +21,13 @@ int MaxStepsInFlight(Overlap overlap, const engine::ModelRunner& runner) {
 }  // namespace
 
 absl::Status EngineCoreOptions::Validate() const {
-  if (max_queued_requests < 1 || max_queued_requests > 1048576) {
+  if (queue.max_sequences < 1 || queue.max_sequences > 1048576) {
     return absl::InvalidArgumentError(
-        absl::StrCat("max_queued_requests ", max_queued_requests, " outside [1, 1048576]"));
+        absl::StrCat("queue.max_sequences ", queue.max_sequences, " outside [1, 1048576]"));
+  }
+  if (queue.max_prompt_tokens < 1 || queue.max_bytes < 1) {
+    return absl::InvalidArgumentError(absl::StrCat("queue.max_prompt_tokens ", queue.max_prompt_tokens,
+                                                   " and queue.max_bytes ", queue.max_bytes, " must be at least 1"));
   }
   return scheduler.Validate();
 }
@@ -35,7 +39,7 @@ EngineCore::EngineCore(const EngineCoreOptions& options, engine::ModelRunner* ru
       runner_(runner),
       sink_(sink),
       now_(std::move(now)),
-      inbox_(options.max_queued_requests),
+      inbox_(options.queue),
       max_steps_in_flight_(MaxStepsInFlight(options.overlap, *runner)),
       scheduler_(options.scheduler, limits_) {
   CHECK(options.Validate().ok());
@@ -45,9 +49,9 @@ EngineCore::~EngineCore() { Stop(); }
 
 absl::Status EngineCore::CheckFits(const Request& request) const {
   RETURN_IF_ERROR(scheduler::CheckFits(request, limits_));
-  if (request.num_sequences > options_.max_queued_requests) {
+  if (request.num_sequences > options_.queue.max_sequences) {
     return absl::InvalidArgumentError(
-        absl::StrCat("num_sequences ", request.num_sequences, " exceeds the queue of ", options_.max_queued_requests));
+        absl::StrCat("num_sequences ", request.num_sequences, " exceeds the queue of ", options_.queue.max_sequences));
   }
   return absl::OkStatus();
 }
@@ -125,7 +129,8 @@ absl::StatusOr<bool> EngineCore::PlanAndSubmit() {
   StepInFlight& step = steps_[(oldest_step_ + num_steps_in_flight_) % 2];
   step.start = now_();
   step.plan = scheduler_.Schedule(step.start, std::move(step.plan));
-  inbox_.ReportQueued(scheduler_.num_queued_sequences());
+  inbox_.ReportLeft(scheduler_.left_queue(), step.start);
+  scheduler_.ClearLeftQueue();
   if (step.plan.sequences.empty()) return false;
   step.batch = BuildBatch(step.plan, std::move(step.batch));
   RETURN_IF_ERROR(runner_->Submit(step.batch));
@@ -148,6 +153,7 @@ void EngineCore::Publish(const SchedulerOutput& plan, const engine::StepResult& 
   StepOutput output = scheduler_.Update(plan, result, end, sink_->Recycled());
   // Steps that overlap take turns on the device: this one's began when the one before was done.
   output.stats.step_duration = end - std::max(start, last_collected_);
+  if (!plan.sequences.empty()) scheduler_.ObserveStepTime(plan, output.stats.step_duration);
   last_collected_ = end;
   const int num_finished = static_cast<int>(output.finished.size());
   sink_->OnStep(std::move(output));

@@ -35,7 +35,7 @@ enum class Overlap {
 
 struct EngineCoreOptions {
   SchedulerOptions scheduler;
-  int max_queued_requests = 256;  // [1, 1048576]; sequences not yet running, inbox and waiting queue together
+  QueueLimits queue;  // of what never ran, in inbox and scheduler together; max_sequences in [1, 1048576], others >= 1
   Overlap overlap = Overlap::kAuto;
 
   // Error: INVALID_ARGUMENT naming the field, its value and its range.
@@ -59,11 +59,13 @@ class EngineCore {
   // Error: INVALID_ARGUMENT with the arithmetic (tokens, blocks needed, blocks there are).
   absl::Status CheckFits(const Request& request) const;
 
+  // Whether Submit would take such a request now; to be asked before its text is tokenized. Any thread.
+  absl::Status CheckAdmission(const Arrival& arrival) const { return inbox_.Check(arrival); }
+
   // Hands a request over. After OK exactly one FinishEvent per sequence will come, unless the engine fails or stops.
-  // Errors: UNAVAILABLE (queue full, with depth and limit; or draining), INVALID_ARGUMENT (CheckFits),
-  // INTERNAL (the engine has failed).
-  // UNAVAILABLE carries the payload kReasonTypeUrl ("minitron/reason"): kReasonQueueFull ("QUEUE_FULL") or
-  // kReasonDraining ("DRAINING"); after Stop it is kReasonDraining too.
+  // Errors: UNAVAILABLE (QueueLedger::Check: a bound is reached or the deadline out of reach; or draining),
+  // DEADLINE_EXCEEDED (it had passed), INVALID_ARGUMENT (CheckFits), INTERNAL (the engine has failed).
+  // UNAVAILABLE carries the payload kReasonTypeUrl ("minitron/reason"), a kReason...; after Stop kReasonDraining.
   absl::Status Submit(Request request);
 
   // Ends a request, or one of its sequences, at the next step with kCancelled. Unknown or finished ids are ignored.

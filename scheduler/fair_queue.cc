@@ -88,7 +88,7 @@ double FairQueue::LiftLevel(const Class& level) const {
 
 // An idle account whose counter would be lifted on its return says nothing.
 void FairQueue::ForgetIdle(Class& level) {
-  const double lift = LiftLevel(level);
+  const double lift = LiftLevel(level) - options_.burst_credit;
   while (!level.idle.empty()) {
     Account* const account = *level.idle.begin();
     if (account->counter > lift && level.idle.size() <= kMaxIdleAccounts) return;
@@ -105,7 +105,7 @@ void FairQueue::Add(const SequencePtr& sequence, TimePoint now) {
   ApplyCharges();
   Account& account = *sequence->fair_share();
   Class& level = ClassOf(account);
-  if (account.num_waiting == 0) account.counter = std::max(account.counter, LiftLevel(level));
+  if (account.num_waiting == 0) account.counter = std::max(account.counter, LiftLevel(level) - options_.burst_credit);
   if (level.num_waiting == 0) level.passed_over_since = now;
   ++account.num_waiting;
   ++level.num_waiting;
@@ -146,6 +146,28 @@ FairQueue::Class* FairQueue::NextClass(TimePoint now) {
   return overdue != nullptr ? overdue : next;
 }
 
+const Sequence* FairQueue::Peek(TimePoint now) {
+  ApplyCharges();
+  const Class* const level = NextClass(now);
+  return level == nullptr ? nullptr : (*(*level->ready.begin())->queue.begin()).get();
+}
+
+bool FairQueue::GoesBefore(const Sequence& waiting, const Sequence& running) {
+  if (waiting.request().priority != running.request().priority) {
+    return waiting.request().priority > running.request().priority;
+  }
+  return waiting.fair_share()->counter < running.start_tag();
+}
+
+bool FairQueue::IsBehindOthers(const Sequence& sequence) const {
+  const Account& own = *sequence.fair_share();
+  const auto& ready = classes_.at(own.priority)->ready;
+  // Only the first can be the sequence's own: what comes after it has received as much or more.
+  const auto other =
+      std::find_if(ready.begin(), ready.end(), [&own](const Account* account) { return account != &own; });
+  return other != ready.end() && own.counter < (*other)->counter;
+}
+
 void FairQueue::PutBack(const SequencePtr& sequence) {
   Account& account = *sequence->fair_share();
   Insert(ClassOf(account), account, sequence);
@@ -155,6 +177,7 @@ void FairQueue::Started(Sequence& sequence, int num_prompt_tokens, TimePoint now
   Account& account = *sequence.fair_share();
   Class& level = ClassOf(account);
   level.passed_over_since = now;
+  sequence.set_start_tag(account.counter);
   Charge(account, options_.prompt_token_weight * num_prompt_tokens);
   StopsWaiting(level, account);
 }

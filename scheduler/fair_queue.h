@@ -5,9 +5,9 @@
 // Models"), and inside a tenant preempted sequences, then order of arrival.
 //
 // Service is prompt tokens computed and output tokens, each with a weight. A tenant that starts to wait is lifted to
-// the least counter of the waiting ones, so nobody saves up service by staying away. While two tenants have work
-// waiting, the service they receive differs by at most
-//   2 * max(prompt weight * longest prompt, output weight * most output tokens of the running sequences).
+// the least counter of the waiting ones less a credit, so staying away saves up no more than a burst. While two tenants
+// have work waiting, the service they receive differs by at most
+//   credit + 2 * max(prompt weight * longest prompt, output weight * most output tokens of the running sequences).
 //
 // Wait bound. A class that has work and was passed over for that long is next, once; then its clock starts again. So
 // the head of every class starts within the bound (once there is room for it), and a flood of low priority cannot turn
@@ -32,6 +32,8 @@ namespace minitron::scheduler {
 struct FairQueueOptions {
   double prompt_token_weight = 1.0;
   double output_token_weight = 2.0;  // a token of output keeps a whole step busy, one of a prompt shares it
+  // What a tenant that uses less than its share may be ahead: a few requests of it are served before a flood's.
+  double burst_credit = 4096;
   Duration wait_bound = std::chrono::seconds(5);
 };
 
@@ -54,11 +56,20 @@ class FairQueue {
   // It ends to wait without having been started.
   void Remove(const SequencePtr& sequence);
 
+  // The next, or null; and whether it goes before a running sequence of which not all prompt is computed.
+  const Sequence* Peek(TimePoint now);
+  static bool GoesBefore(const Sequence& waiting, const Sequence& running);
+
+  // Whether the tenant of a live sequence has received less than every other one of its class that waits, and there is
+  // one.
+  bool IsBehindOthers(const Sequence& sequence) const;
+
   // Takes the next out of the queue, or null. It must be given to Started or PutBack before time goes on; until then
   // it still counts as waiting.
   SequencePtr Pop(TimePoint now);
   void PutBack(const SequencePtr& sequence);
-  // It runs; `num_prompt_tokens` of its prompt will be computed for the first time and are charged.
+  // It runs, with its tenant's counter as start tag; `num_prompt_tokens` of its prompt will be computed for the first
+  // time and are charged.
   void Started(Sequence& sequence, int num_prompt_tokens, TimePoint now);
 
   // Charges a live sequence's tenant.

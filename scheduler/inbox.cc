@@ -3,8 +3,8 @@
 #include <utility>
 
 #include "absl/strings/cord.h"
-#include "absl/strings/str_cat.h"
 #include "engine/base/check.h"
+#include "engine/base/status_macros.h"
 
 namespace minitron::scheduler {
 namespace {
@@ -17,25 +17,26 @@ absl::Status Unavailable(const std::string& message, const char* reason) {
 
 }  // namespace
 
+absl::Status Inbox::CheckLocked(const Arrival& arrival) const {
+  if (failed_) return absl::InternalError("the engine has failed");
+  if (draining_) return Unavailable("draining: no new requests", kReasonDraining);
+  return ledger_.Check(arrival);
+}
+
+absl::Status Inbox::Check(const Arrival& arrival) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return CheckLocked(arrival);
+}
+
 absl::Status Inbox::Add(Request request) {
-  const int num_sequences = request.num_sequences;
-  int depth = 0;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (failed_) return absl::InternalError("the engine has failed");
-    if (draining_) return Unavailable("draining: no new requests", kReasonDraining);
-    depth = num_queued_here_ + num_queued_scheduler_;
-    if (num_sequences <= max_queued_ - depth) {
-      contents_.adds.push_back(std::move(request));
-      num_queued_here_ += num_sequences;
-      num_live_ += num_sequences;
-      work_.notify_one();
-      return absl::OkStatus();
-    }
-  }
-  return Unavailable(absl::StrCat("queue full: ", depth, " sequences queued, limit ", max_queued_, ", ", num_sequences,
-                                  " more asked for"),
-                     kReasonQueueFull);
+  const Arrival arrival = ArrivalOf(request);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  RETURN_IF_ERROR(CheckLocked(arrival));
+  ledger_.Enter(request);
+  num_live_ += request.num_sequences;
+  contents_.adds.push_back(std::move(request));
+  work_.notify_one();
+  return absl::OkStatus();
 }
 
 void Inbox::Abort(AbortRequest abort) {
@@ -61,7 +62,7 @@ void Inbox::Fail() {
   const std::lock_guard<std::mutex> lock(mutex_);
   failed_ = true;
   contents_ = {};
-  num_queued_here_ = num_queued_scheduler_ = num_live_ = 0;
+  num_live_ = 0;
   idle_.notify_all();
 }
 
@@ -72,13 +73,15 @@ bool Inbox::WaitIdle(TimePoint deadline) {
 
 Inbox::Contents Inbox::Take() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  num_queued_scheduler_ += std::exchange(num_queued_here_, 0);
   return std::exchange(contents_, {});
 }
 
-void Inbox::ReportQueued(int num_queued) {
+void Inbox::ReportLeft(const std::vector<std::shared_ptr<Sequence>>& left, TimePoint now) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  num_queued_scheduler_ = num_queued;
+  for (const auto& sequence : left) {
+    ledger_.Leave(sequence->request(), sequence->index(), sequence->ever_scheduled());
+  }
+  ledger_.Tick(now);
 }
 
 void Inbox::ReportFinished(int num_finished) {
@@ -96,7 +99,7 @@ bool Inbox::WaitForWork() {
 
 int Inbox::num_queued() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return num_queued_here_ + num_queued_scheduler_;
+  return failed_ ? 0 : static_cast<int>(ledger_.queued().num_sequences);
 }
 
 int Inbox::num_live() const {

@@ -4,18 +4,16 @@
 #pragma once
 
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "scheduler/queue_ledger.h"
 #include "scheduler/request.h"
+#include "scheduler/sequence.h"
 
 namespace minitron::scheduler {
-
-// absl::Status payload that tells the reasons of UNAVAILABLE apart.
-inline constexpr char kReasonTypeUrl[] = "minitron/reason";
-inline constexpr char kReasonQueueFull[] = "QUEUE_FULL";
-inline constexpr char kReasonDraining[] = "DRAINING";
 
 struct AbortRequest {
   static constexpr int kAllSequences = -1;
@@ -31,12 +29,13 @@ class Inbox {
     std::vector<AbortRequest> aborts;  // apply after the adds
   };
 
-  // max_queued: sequences not yet running, here and in the scheduler together.
-  explicit Inbox(int max_queued) : max_queued_(max_queued) {}
+  // The limits are for what never ran, here and in the scheduler together.
+  explicit Inbox(const QueueLimits& limits) : ledger_(limits) {}
 
-  // Errors: UNAVAILABLE with the payload kReasonQueueFull (message: depth and limit) or kReasonDraining;
-  // INTERNAL after Fail.
+  // Errors: those of QueueLedger::Check; UNAVAILABLE with the reason kReasonDraining; INTERNAL after Fail.
   absl::Status Add(Request request);
+  // Whether Add would take it now. Errors as Add.
+  absl::Status Check(const Arrival& arrival) const;
   void Abort(AbortRequest abort);
 
   void BeginDrain();
@@ -46,7 +45,8 @@ class Inbox {
 
   // Engine thread.
   Contents Take();
-  void ReportQueued(int num_queued);      // sequences in the scheduler that never ran
+  // Once per step: what was started for the first time, or ended without (ever_scheduled() tells), and the time.
+  void ReportLeft(const std::vector<std::shared_ptr<Sequence>>& left, TimePoint now);
   void ReportFinished(int num_finished);  // sequences whose FinishEvents have been delivered
   bool WaitForWork();                     // until there is something to Take; false after Close
 
@@ -58,14 +58,14 @@ class Inbox {
  private:
   bool has_contents() const { return !contents_.adds.empty() || !contents_.aborts.empty(); }
 
-  const int max_queued_;
+  absl::Status CheckLocked(const Arrival& arrival) const;
+
   mutable std::mutex mutex_;  // guards all below
   std::condition_variable work_;
   std::condition_variable idle_;
   Contents contents_;
-  int num_queued_here_ = 0;       // sequences in contents_.adds
-  int num_queued_scheduler_ = 0;  // sequences taken that never ran
-  int num_live_ = 0;              // accepted, finish not delivered
+  QueueLedger ledger_;  // of what never ran
+  int num_live_ = 0;    // accepted, finish not delivered
   bool draining_ = false;
   bool closed_ = false;
   bool failed_ = false;

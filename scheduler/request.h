@@ -40,6 +40,7 @@ struct Request {
   std::string cache_salt;  // cached prefixes are shared between equal salts only; see PrefixSharing
   TimePoint arrival;
   TimePoint deadline = TimePoint::max();
+  TimePoint first_token_deadline = TimePoint::max();  // of the first token of any sequence, or of a score
 };
 
 // Sequence 0 uses the request's seed itself, so n = 1 equals the first of n.

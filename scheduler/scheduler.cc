@@ -55,7 +55,6 @@ void Scheduler::Add(Request request, TimePoint now) {
     waiting_.Attach(*live.sequences.back());
     waiting_.Add(live.sequences.back(), now);
   }
-  num_queued_ += shared->num_sequences;
 }
 
 void Scheduler::Abort(RequestId id) {
@@ -80,7 +79,7 @@ void Scheduler::Finish(const std::shared_ptr<Sequence>& held, FinishReason reaso
     running_.erase(position);
   } else {
     waiting_.Remove(sequence);
-    if (!sequence->ever_scheduled()) --num_queued_;
+    if (!sequence->ever_scheduled()) left_queue_.push_back(sequence);
   }
   waiting_.Detach(*sequence);
   sequence->Finish();
@@ -127,13 +126,10 @@ absl::Status Scheduler::CheckConsistent() const {
       ++num_slots;
     }
   }
-  int num_queued = 0;
   for (const auto& sequence : waiting()) {
     if (sequence->state() != SequenceState::kWaiting) return absl::InternalError("not waiting, but in waiting_");
     if (!sequence->block_table().empty()) return absl::InternalError("a waiting sequence owns blocks");
-    num_queued += sequence->ever_scheduled() ? 0 : 1;
   }
-  if (num_queued != num_queued_) return absl::InternalError("queued sequences are miscounted");
   if (slots.size() != num_slots || num_slots != 2 * static_cast<size_t>(limits_.max_num_sequences)) {
     return absl::InternalError(absl::StrCat(num_slots, " history slots accounted for, ", slots.size(), " distinct"));
   }

@@ -29,6 +29,7 @@
 #include "scheduler/scheduler_output.h"
 #include "scheduler/sequence.h"
 #include "scheduler/step_output.h"
+#include "scheduler/step_time_model.h"
 
 namespace minitron::scheduler {
 
@@ -59,12 +60,18 @@ class Scheduler {
   StepOutput Update(const SchedulerOutput& plan, const engine::StepResult& result, TimePoint now,
                     StepOutput recycled = {});
 
+  // How long the step of `plan` took, from its submission (or the end of the step before) to its results.
+  void ObserveStepTime(const SchedulerOutput& plan, Duration duration);
+
+  // Sequences that were started for the first time, or ended without, since the last call of ClearLeftQueue.
+  const std::vector<std::shared_ptr<Sequence>>& left_queue() const { return left_queue_; }
+  void ClearLeftQueue() { left_queue_.clear(); }
+
   // The finish events that no Update has returned yet.
   bool has_pending_events() const { return !pending_finished_.empty(); }
   std::vector<FinishEvent> TakePendingEvents();
 
   int num_live_sequences() const { return static_cast<int>(running_.size()) + waiting_.size(); }
-  int num_queued_sequences() const { return num_queued_; }  // never scheduled yet; preempted ones are not counted
   int max_running_sequences() const { return max_running_sequences_; }
   int max_step_tokens() const { return max_step_tokens_; }
 
@@ -73,6 +80,7 @@ class Scheduler {
   std::vector<std::shared_ptr<Sequence>> waiting() const;
   const FairQueue& fair_queue() const { return waiting_; }
   const std::vector<std::shared_ptr<Sequence>>& retiring() const { return retiring_; }  // finished, a row in flight
+  const StepTimeModel& step_time_model() const { return step_time_model_; }
   const KvCacheManager& kv_cache() const { return kv_cache_; }
   // INTERNAL with the first contradiction between queues, tables, slots and refcounts.
   absl::Status CheckConsistent() const;
@@ -92,8 +100,10 @@ class Scheduler {
 
   void EndAbortedAndExpired(TimePoint now);
   void PlanDecodes(TimePoint now, SchedulerOutput& plan);
-  void PlanPrefills(SchedulerOutput& plan);
-  void AdmitWaiting(TimePoint now, SchedulerOutput& plan);
+  void CollectPrompts();
+  void PlanPrompt(Sequence& sequence, SchedulerOutput& plan);
+  // Admits all there is room for, or those that go before the running prompt `before`.
+  void AdmitWaiting(TimePoint now, const Sequence* before, SchedulerOutput& plan);
 
   // Whether its next row can be planned although its last token may not be read yet.
   static bool MayRunAhead(const Sequence& sequence);
@@ -104,10 +114,25 @@ class Scheduler {
   void Preempt(size_t position, TimePoint now, SchedulerOutput& plan);
   // Whether prompt logprobs that come before any token of its request are still to be reported.
   bool WaitsForPromptLogprobs(const Sequence& sequence) const;
+  // Ends the requests that CannotMakeIt.
+  void EndGivenUp();
   // Gives a popped sequence blocks and makes it run. The caller puts it into running_, or back.
-  Admission TryStart(Sequence& sequence, TimePoint now, SchedulerOutput& plan);
-  int ChunkLength(const Sequence& sequence, int budget) const;
+  Admission TryStart(const std::shared_ptr<Sequence>& held, TimePoint now, SchedulerOutput& plan);
+  // Prompt rows for a step as planned so far; may be 0.
+  int ChunkLength(const Sequence& sequence, const SchedulerOutput& plan) const;
   void AddToPlan(const std::shared_ptr<Sequence>& sequence, int num_tokens, SchedulerOutput& plan) const;
+
+  // The pace: how much of a step prompts get, and who is too late (scheduler_pace.cc).
+  // Whether the inter-token target leaves room for (more) prompt rows.
+  bool HasRoomForPrompts(const SchedulerOutput& plan) const;
+  // Whether the decoding sequences leave new ones enough of the inter-token target to get on.
+  bool HasRoomForNewSequences(const SchedulerOutput& plan) const;
+  // At most `num_tokens`, at least 1 if HasRoomForPrompts.
+  int PacedRows(int first_position, int num_tokens, const SchedulerOutput& plan) const;
+  // Whether the request is still waiting for its first token at a time when it gives that up.
+  bool FirstTokenIsLate(const Sequence& sequence, TimePoint now) const;
+  // Whether the first token of a waiting sequence would come too late if it were started in this step.
+  bool CannotMakeIt(const Sequence& sequence, const SchedulerOutput& plan, TimePoint now) const;
 
   void ApplyResult(const ScheduledSequence& scheduled, std::span<const engine::ResultRowOutput> rows, TimePoint now,
                    StepOutput& output);
@@ -130,7 +155,10 @@ class Scheduler {
   std::vector<std::shared_ptr<Sequence>> set_aside_;  // popped in this step, but not to be started in it
   std::vector<std::shared_ptr<Sequence>> retiring_;   // finished, own blocks until their last step is read
   std::vector<std::pair<std::shared_ptr<Sequence>, FinishReason>> ended_;  // scratch
-  int num_queued_ = 0;
+  std::vector<Sequence*> prompts_;                                         // scratch of Schedule
+  std::vector<RequestId> given_up_;                                        // in this step
+  std::vector<std::shared_ptr<Sequence>> left_queue_;
+  StepTimeModel step_time_model_;
   std::vector<int> free_history_slots_;
   std::vector<FinishEvent> pending_finished_;
   uint64_t next_order_ = 0;

@@ -21,7 +21,9 @@ absl::Status SchedulerOptions::Validate() const {
   RETURN_IF_ERROR(CheckRange("max_prefill_chunk", max_prefill_chunk, 1, 1048576));
   RETURN_IF_ERROR(CheckRange("max_logprob_rows_per_step", max_logprob_rows_per_step, 1, 65536));
   RETURN_IF_ERROR(CheckRange("prefix_hash_bits", prefix_hash_bits, 0, 64));
-  return CheckRange("max_preemptions", max_preemptions, 0, 1000000);
+  RETURN_IF_ERROR(CheckRange("max_preemptions", max_preemptions, 0, 1000000));
+  const auto itl_target_ms = std::chrono::duration_cast<std::chrono::milliseconds>(itl_target).count();
+  return CheckRange("itl_target_ms", static_cast<int>(itl_target_ms), 0, 60000);
 }
 
 RunnerLimits RunnerLimits::Of(const engine::ModelRunner& runner) {

@@ -33,6 +33,15 @@ struct SchedulerOptions {
   int prefix_hash_bits = 64;           // [0, 64]; fewer for tests of collisions
   AdmissionMode admission_mode = AdmissionMode::kOptimistic;
   int max_preemptions = 4;  // [0, 1000000]; of one sequence; after that it is admitted as if in kReserve
+  // How long a step with decoding sequences may take, as far as prompts decide: their chunks are cut to fit by the
+  // step-time model, to kMinChunk tokens at least. 0: chunks are limited by the budgets alone. [0, 60 s]
+  Duration itl_target{};
+  // While decoding alone takes more than this share of the target, prompts are computed one at a time: more sequences
+  // would slow each other down.
+  double itl_decode_share = 0.5;
+
+  // Every step with prompts to compute computes that many of their tokens, whatever the target: prompts make progress.
+  static constexpr int kMinChunk = 16;
 
   // Error: INVALID_ARGUMENT naming the field, its value and its range.
   absl::Status Validate() const;

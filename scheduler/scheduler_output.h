@@ -6,6 +6,7 @@
 
 #include "scheduler/request.h"
 #include "scheduler/sequence.h"
+#include "scheduler/step_time_model.h"
 
 namespace minitron::scheduler {
 
@@ -35,13 +36,18 @@ struct SchedulerOutput {
   int num_result_rows = 0;
   int64_t num_prefix_query_tokens = 0;  // of the sequences that start in this step
   int64_t num_prefix_hit_tokens = 0;    // of these, what they need not compute
+  int num_decodes = 0;                  // sequences that decode
+  StepShape shape;
+  double decode_seconds = 0;  // predicted, of the decoding sequences alone; with an inter-token target only
   int block_size = 0;
 
   // Empty again, with its memory.
   void Clear() {
     sequences.clear();
     preempted.clear();
-    num_tokens = num_prompt_tokens = num_result_rows = 0;
+    num_tokens = num_prompt_tokens = num_result_rows = num_decodes = 0;
+    shape = {};
+    decode_seconds = 0;
     num_prefix_query_tokens = num_prefix_hit_tokens = 0;
   }
 };

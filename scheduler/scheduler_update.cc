@@ -62,7 +62,9 @@ void Scheduler::ApplyResult(const ScheduledSequence& scheduled, std::span<const 
   sequence->EndStep(scheduled.num_tokens, scheduled.num_prompt_logprobs);
   // Nothing is sent after an abort was heard of or the deadline has passed.
   if (sequence->abort_requested()) return Finish(sequence, FinishReason::kCancelled);
-  if (sequence->request().deadline <= now) return Finish(sequence, FinishReason::kDeadline);
+  if (sequence->request().deadline <= now || FirstTokenIsLate(*sequence, now)) {
+    return Finish(sequence, FinishReason::kDeadline);
+  }
   const bool failed = std::any_of(rows.begin(), rows.end(), [this](const engine::ResultRowOutput& row) {
     return row.failed || row.token_id < 0 || row.token_id >= limits_.vocab_size;
   });

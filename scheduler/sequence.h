@@ -35,7 +35,7 @@ enum class SequenceState {
 
 struct FairShareAccount;  // FairQueue's own
 
-class Sequence {
+class Sequence : public std::enable_shared_from_this<Sequence> {
  public:
   // `order` is the request's place in the order of arrival. `cache_salt`: prefixes are shared between equal ones only.
   Sequence(std::shared_ptr<const Request> request, int index, uint64_t order, std::string cache_salt = {});
@@ -85,6 +85,8 @@ class Sequence {
   // FairQueue's account of this sequence's tenant; it is null before and after the sequence is live.
   FairShareAccount* fair_share() const { return fair_share_; }
   void set_fair_share(FairShareAccount* account) { fair_share_ = account; }
+  double start_tag() const { return start_tag_; }  // service its tenant had received when it was started
+  void set_start_tag(double tag) { start_tag_ = tag; }
 
   const BlockTable& block_table() const { return kv_.blocks; }
   const KvState& kv() const { return kv_; }
@@ -119,6 +121,7 @@ class Sequence {
   std::vector<TokenId> tokens_;
   KvState kv_;
   FairShareAccount* fair_share_ = nullptr;  // owned by FairQueue
+  double start_tag_ = 0;
   SequenceState state_ = SequenceState::kWaiting;
   int num_computed_tokens_ = 0;
   int num_planned_tokens_ = 0;

@@ -9,9 +9,7 @@ namespace {
 
 absl::Status TryAdmit(ServerContext& server, BuiltRequest built, std::shared_ptr<CallSink> sink,
                       std::atomic<scheduler::RequestId>& id) {
-  if (server.draining.load()) {
-    return ReasonError(absl::StatusCode::kUnavailable, reason::kDraining, "the server is draining; use another one");
-  }
+  if (server.draining.load()) return DrainingError();
   built.request.id = server.names.NextId();
   id.store(built.request.id);
   if (server.tenants != nullptr && server.auth != nullptr) {
@@ -40,27 +38,31 @@ absl::Status Admit(ServerContext& server, BuiltRequest built, std::shared_ptr<Ca
   if (!status.ok() && GetReason(status).empty()) {
     if (absl::IsUnavailable(status)) SetReason(status, reason::kQueueFull);
     if (absl::IsInvalidArgument(status)) SetReason(status, reason::kRequestTooLarge);
+    if (absl::IsDeadlineExceeded(status)) SetReason(status, reason::kDeadlineExceeded);
   }
   if (!status.ok()) CountRefusal(server, status, tenant);
   return status;
 }
 
 void CountRefusal(ServerContext& server, const absl::Status& status, const std::string& tenant) {
+  static constexpr struct {
+    const char* why;
+    const char* counted_as;
+  } kReasons[] = {
+      {reason::kQueueFull, "queue_full"},         {reason::kQueuedTokensFull, "tokens_full"},
+      {reason::kQueuedBytesFull, "bytes_full"},   {reason::kDeadlineUnreachable, "deadline"},
+      {reason::kDeadlineExceeded, "deadline"},    {reason::kDraining, "draining"},
+      {reason::kDuplicateRequestId, "duplicate"}, {reason::kQuotaExceeded, "quota"},
+  };
   const std::string why = GetReason(status);
-  if (why == reason::kQueueFull) {
-    server.metrics->CountRejection("queue_full");
-  } else if (why == reason::kDraining) {
-    server.metrics->CountRejection("draining");
-  } else if (why == reason::kDuplicateRequestId) {
-    server.metrics->CountRejection("duplicate");
-  } else if (why == reason::kQuotaExceeded) {
-    server.metrics->CountRejection("quota");
-    if (server.operator_metrics != nullptr) server.operator_metrics->CountTenantRefusal(tenant);
-  } else if (absl::IsUnauthenticated(status) || absl::IsPermissionDenied(status)) {
-    server.metrics->CountRejection("auth");
-  } else {
-    server.metrics->CountRejection(absl::IsInternal(status) ? "error" : "invalid");
+  if (why == reason::kQuotaExceeded && server.operator_metrics != nullptr) {
+    server.operator_metrics->CountTenantRefusal(tenant);
   }
+  for (const auto& known : kReasons) {
+    if (why == known.why) return server.metrics->CountRejection(known.counted_as);
+  }
+  const bool is_auth = absl::IsUnauthenticated(status) || absl::IsPermissionDenied(status);
+  server.metrics->CountRejection(is_auth ? "auth" : absl::IsInternal(status) ? "error" : "invalid");
 }
 
 }  // namespace minitron::server

@@ -9,9 +9,9 @@
 namespace minitron::server {
 
 // Numbers the request, registers `sink` for its events and submits it. `id` is set before the first event can come.
-// Errors: RESOURCE_EXHAUSTED (the tenant's limits), ALREADY_EXISTS, UNAVAILABLE (queue full, draining),
-// INVALID_ARGUMENT (can never fit), INTERNAL. After an error no event comes, except that an engine failure may also
-// reach the sink as OnFailed. Refusals are counted.
+// Errors: RESOURCE_EXHAUSTED (the tenant's limits), ALREADY_EXISTS, UNAVAILABLE (queue full, deadline out of reach,
+// draining), DEADLINE_EXCEEDED (already), INVALID_ARGUMENT (can never fit), INTERNAL. After an error no event comes,
+// except that an engine failure may also reach the sink as OnFailed. Refusals are counted.
 absl::Status Admit(ServerContext& server, BuiltRequest built, std::shared_ptr<CallSink> sink,
                    std::atomic<scheduler::RequestId>& id);
 

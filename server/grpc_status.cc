@@ -87,6 +87,10 @@ absl::Status FieldError(const std::string& field, const std::string& message, co
   return status;
 }
 
+absl::Status DrainingError() {
+  return ReasonError(absl::StatusCode::kUnavailable, reason::kDraining, "the server is draining; use another one");
+}
+
 void SetRetryDelayMs(absl::Status& status, int delay_ms) {
   status.SetPayload(kRetryUrl, absl::Cord(absl::StrCat(delay_ms)));
 }

@@ -26,11 +26,15 @@ inline constexpr char kPromptTooLong[] = "PROMPT_TOO_LONG";
 inline constexpr char kRequestTooLarge[] = "REQUEST_TOO_LARGE";  // can never fit the KV cache
 inline constexpr char kModelNotFound[] = "MODEL_NOT_FOUND";
 inline constexpr char kDuplicateRequestId[] = "DUPLICATE_REQUEST_ID";
-inline constexpr char kQueueFull[] = "QUEUE_FULL";
+inline constexpr char kQueueFull[] = "QUEUE_FULL";                 // sequences
+inline constexpr char kQueuedTokensFull[] = "QUEUED_TOKENS_FULL";  // prompt tokens
+inline constexpr char kQueuedBytesFull[] = "QUEUED_BYTES_FULL";
+inline constexpr char kDeadlineUnreachable[] = "DEADLINE_UNREACHABLE";  // the wait is longer than the time left
 inline constexpr char kDraining[] = "DRAINING";
 inline constexpr char kEngineFailure[] = "ENGINE_FAILURE";
 inline constexpr char kNonFiniteLogits[] = "NON_FINITE_LOGITS";
 inline constexpr char kDeadlineExceeded[] = "DEADLINE_EXCEEDED";
+inline constexpr char kFirstTokenTimeout[] = "FIRST_TOKEN_TIMEOUT";
 inline constexpr char kCancelled[] = "CANCELLED";
 inline constexpr char kWriteStalled[] = "WRITE_STALLED";
 inline constexpr char kNoToken[] = "NO_TOKEN";
@@ -59,12 +63,15 @@ absl::Status FieldError(const std::string& field, const std::string& message, co
 absl::Status ReasonError(absl::StatusCode code, const std::string& reason, const std::string& message,
                          const Metadata& metadata = {});
 
+// UNAVAILABLE: another server may take the call at once.
+absl::Status DrainingError();
+
 // The wire form: always one ErrorInfo; BadRequest with a field; RetryInfo when trying again makes sense; QuotaFailure
 // when RESOURCE_EXHAUSTED. OK gives OK.
 grpc::Status ToGrpcStatus(const absl::Status& status);
 
-// How long a client should wait before it tries again; nullopt when trying again is pointless. What SetRetryDelayMs
-// said, or a default for UNAVAILABLE.
+// How long a client should wait before it tries again; nullopt when trying again is pointless. What SetRetryDelayMs or
+// the scheduler said, or a default for UNAVAILABLE.
 void SetRetryDelayMs(absl::Status& status, int delay_ms);
 std::optional<int> RetryDelayMs(const absl::Status& status);
 

@@ -28,7 +28,8 @@ const std::vector<double> kStepTokenBounds = {1, 8, 16, 32, 64, 128, 256, 512, 1
 
 constexpr const char* kOutcomeNames[kNumCallOutcomes] = {"stop", "length", "cancelled", "deadline", "error"};
 constexpr const char* kPhaseNames[] = {"prefill", "decode", "mixed"};
-constexpr const char* kRejections[] = {"queue_full", "draining", "invalid", "duplicate", "quota", "auth", "error"};
+constexpr const char* kRejections[] = {"queue_full", "tokens_full", "bytes_full", "deadline", "draining",
+                                       "invalid",    "duplicate",   "quota",      "auth",     "error"};
 constexpr const char* kMethods[] = {
     // minitron.v1
     "GenerateStream", "Generate", "Score", "Tokenize", "Detokenize", "ListModels", "GetModel", "GetLoad", "Drain",

@@ -86,7 +86,7 @@ class Metrics {
   void CountRpc(const std::string& method, grpc::StatusCode code);
   void StreamOpened();
   void StreamClosed();
-  // `reason` is one of queue_full, draining, invalid, duplicate, quota, auth, error.
+  // `reason` is one of queue_full, tokens_full, bytes_full, deadline, draining, invalid, duplicate, quota, auth, error.
   void CountRejection(const std::string& reason);
   void CountWriteStall();
   void CountEngineError();

@@ -257,6 +257,17 @@ void OutputProcessor::EmitText(LiveCall& call, SequenceState& sequence, DeltaEve
   if (delta.token.has_value() || !delta.text.empty()) call.sink->OnDelta(std::move(delta));
 }
 
+absl::Status OutputProcessor::DeadlineError(const LiveCall& call) {
+  const bool has_tokens = std::any_of(call.sequences.begin(), call.sequences.end(),
+                                      [](const SequenceState& sequence) { return sequence.num_tokens > 0; });
+  if (call.spec.has_first_token_timeout && !has_tokens) {
+    return ReasonError(absl::StatusCode::kDeadlineExceeded, reason::kFirstTokenTimeout,
+                       "no token could be there before the first token's timeout, or the deadline");
+  }
+  return ReasonError(absl::StatusCode::kDeadlineExceeded, reason::kDeadlineExceeded,
+                     "the deadline passed before the completion was finished");
+}
+
 void OutputProcessor::HandleFinish(const FinishEvent& event) {
   const CallPtr call = Find(event.id);
   if (call == nullptr) return;
@@ -273,10 +284,7 @@ void OutputProcessor::HandleFinish(const FinishEvent& event) {
                            "the model produced logits that are not finite for this request"),
                CallOutcome::kError);
     } else if (event.reason == scheduler::FinishReason::kDeadline && !ended_by_us) {
-      FailCall(*call,
-               ReasonError(absl::StatusCode::kDeadlineExceeded, reason::kDeadlineExceeded,
-                           "the deadline passed before the completion was finished"),
-               CallOutcome::kDeadline);
+      FailCall(*call, DeadlineError(*call), CallOutcome::kDeadline);
     } else if (event.reason == scheduler::FinishReason::kCancelled && !ended_by_us) {
       FailCall(*call, ReasonError(absl::StatusCode::kCancelled, reason::kCancelled, "the request was cancelled"),
                CallOutcome::kCancelled);

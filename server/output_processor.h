@@ -86,6 +86,7 @@ class OutputProcessor : public scheduler::StepSink {
   void HandleStarted(const scheduler::PromptDoneEvent& event);
   void HandleToken(scheduler::TokenEvent& event, scheduler::TimePoint time);
   void HandleFinish(const scheduler::FinishEvent& event);
+  static absl::Status DeadlineError(const LiveCall& call);
   void EmitText(LiveCall& call, SequenceState& sequence, DeltaEvent delta, const std::string& text);
   void FinishSequence(LiveCall& call, SequenceState& sequence, const scheduler::FinishEvent& event);
   void FailCall(LiveCall& call, const absl::Status& status, CallOutcome outcome);

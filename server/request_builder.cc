@@ -209,6 +209,33 @@ absl::Status ReadCommon(const Message& message, const CallContext& context, Buil
   return absl::OkStatus();
 }
 
+absl::Status ReadFirstTokenTimeout(const v1::GenerationTask& task, const CallContext& context, BuiltRequest& built) {
+  if (!task.has_first_token_timeout()) return absl::OkStatus();
+  const google::protobuf::Duration& timeout = task.first_token_timeout();
+  const IntLimit& limit = limits::kFirstTokenTimeoutNs;
+  // Seconds alone decide beyond the limit, so the product below cannot overflow.
+  const bool is_sane = timeout.seconds() >= 0 && timeout.seconds() <= limit.max / 1000000000 && timeout.nanos() >= 0 &&
+                       timeout.nanos() < 1000000000;
+  const int64_t ns = is_sane ? timeout.seconds() * 1000000000 + timeout.nanos() : 0;
+  if (ns < limit.min || ns > limit.max) {
+    const std::string value = absl::StrCat(timeout.seconds(), " s ", timeout.nanos(), " ns");
+    return FieldError(limit.field, absl::StrCat(value, " outside (0 s, ", limit.max / 1000000000, " s]"),
+                      {{"value", value}, {"limit", absl::StrCat(limit.max / 1000000000, " s")}});
+  }
+  built.request.first_token_deadline = context.arrival + std::chrono::nanoseconds(ns);
+  built.spec.has_first_token_timeout = true;
+  return absl::OkStatus();
+}
+
+// A text has at least one token; how many it has is not known before it is tokenized.
+absl::Status CheckAdmission(const CallContext& context, const BuiltRequest& built, int num_sequences,
+                            int64_t min_prompt_tokens) {
+  if (!context.check_admission) return absl::OkStatus();
+  scheduler::Arrival arrival = scheduler::ArrivalOf(built.request);
+  arrival.work = {.num_sequences = num_sequences, .num_prompt_tokens = min_prompt_tokens};
+  return context.check_admission(arrival);
+}
+
 struct ScoreTokens {
   std::vector<TokenId> ids;
   size_t num_context = 0;
@@ -287,6 +314,8 @@ absl::StatusOr<BuiltRequest> BuildGenerate(const v1::GenerationTask& task, const
   RETURN_IF_ERROR(ReadOutput(task.output(), built));
   const int num_sequences = std::max(1, static_cast<int>(task.sampling().num_sequences()));
   RETURN_IF_ERROR(CheckInt({limits::kNumSequences.field, 0, model.max_queued_requests}, num_sequences));
+  RETURN_IF_ERROR(ReadFirstTokenTimeout(task, context, built));
+  RETURN_IF_ERROR(CheckAdmission(context, built, num_sequences, 1));
   ASSIGN_OR_RETURN(built.request.prompt_token_ids, ReadPrompt(task, model));
   RETURN_IF_ERROR(ReadStopping(task.stopping(), model, built));
   built.request.params.seed = task.sampling().has_seed() ? task.sampling().seed() : context.fresh_seed;
@@ -302,6 +331,7 @@ absl::StatusOr<BuiltRequest> BuildScore(const v1::ScoreRequest& message, const S
   RETURN_IF_ERROR(CheckModelName(message.model(), model));
   RETURN_IF_ERROR(ReadCommon(message, context, built));
   RETURN_IF_ERROR(CheckInt(limits::kTopLogprobs, message.top_logprobs()));
+  RETURN_IF_ERROR(CheckAdmission(context, built, /*num_sequences=*/1, 1));
   ASSIGN_OR_RETURN(ScoreTokens tokens, ReadScoreTokens(message, model));
   const size_t num_tokens = tokens.ids.size();
   if (num_tokens == tokens.num_context) {

@@ -4,6 +4,7 @@
 
 #include <minitron/v1/generation.pb.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "engine/model_config.h"
 #include "engine/model_runner.h"
+#include "scheduler/queue_ledger.h"
 #include "scheduler/request.h"
 #include "server/tenant_gate.h"
 #include "server/tokenizer.h"
@@ -34,6 +36,8 @@ struct CallContext {
   std::string tenant;            // of the token; without authentication x-minitron-tenant
   scheduler::TimePoint arrival;
   scheduler::TimePoint deadline = scheduler::TimePoint::max();
+  // Asked once all that is cheap to check is found good, before text is tokenized. May be empty.
+  std::function<absl::Status(const scheduler::Arrival&)> check_admission;
   uint64_t fresh_seed = 0;       // used when the request sets none
   std::string fresh_request_id;  // used when nobody names the request
 };
@@ -49,6 +53,7 @@ struct CallSpec {
   bool include_stop_sequence = false;
   bool skip_special_tokens = true;
   bool scoring = false;
+  bool has_first_token_timeout = false;
   std::shared_ptr<TenantGate::Charge> charge;  // null without authentication
 };
 
@@ -60,7 +65,7 @@ struct BuiltRequest {
   int num_target_tokens = 0;   // Score only
 };
 
-// Errors: NOT_FOUND (model), INVALID_ARGUMENT with field, value and limit (see limits.h).
+// Errors: NOT_FOUND (model), INVALID_ARGUMENT with field, value and limit (see limits.h), those of check_admission.
 absl::StatusOr<BuiltRequest> BuildGenerate(const v1::GenerationTask& task, const ServedModel& model,
                                            const CallContext& context);
 

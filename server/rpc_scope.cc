@@ -119,6 +119,10 @@ CallContext RpcScope::MakeContext(scheduler::TimePoint arrival) {
     const auto left = std::chrono::duration_cast<scheduler::Duration>(context_->deadline() - system_now);
     call.deadline = std::min(call.deadline, call.arrival + left);
   }
+  call.check_admission = [server = server_](const scheduler::Arrival& at_door) {
+    if (server->draining.load()) return DrainingError();
+    return server->check_admission(at_door);
+  };
   call.fresh_seed = server_->names.FreshSeed();
   call.fresh_request_id = server_->names.FreshName();
   return call;

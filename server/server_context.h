@@ -66,8 +66,9 @@ struct ServerContext {
   const AuthStore* auth = nullptr;              // null: everybody may call everything
   TenantGate* tenants = nullptr;
   AuditLog* audit = nullptr;
-  // The engine's two doors; see EngineCore::Submit and Abort.
+  // The engine's doors; see EngineCore::Submit, CheckAdmission and Abort.
   std::function<absl::Status(scheduler::Request)> submit;
+  std::function<absl::Status(const scheduler::Arrival&)> check_admission;
   std::function<void(scheduler::RequestId)> abort;
   std::function<int()> queue_depth;
   std::function<scheduler::TimePoint()> now;

@@ -41,12 +41,16 @@ struct ServerOptions {
   std::string prefix_cache = "tenant";
   std::string admission_mode = "optimistic";
   std::string overlap = "auto";
+  int max_queued_tokens = 262144;
+  int max_queued_mib = 64;
   int default_max_tokens = 256;
   int max_receive_mib = 4;
   double drain_timeout_s = 30;
   double drain_delay_s = 0;
   double write_stall_timeout_s = 30;
   double max_request_timeout_s = 600;
+  double itl_target_ms = 0;
+  double priority_wait_bound_s = 5;
   std::string config;    // JSON file
   std::string tls_cert;  // PEM; empty: plaintext
   std::string tls_key;

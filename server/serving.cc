@@ -58,7 +58,11 @@ scheduler::EngineCoreOptions MakeCoreOptions(const ServerOptions& options) {
   result.scheduler.admission_mode =
       options.admission_mode == "reserve" ? scheduler::AdmissionMode::kReserve : scheduler::AdmissionMode::kOptimistic;
   result.overlap = ToOverlap(options.overlap);
-  result.max_queued_requests = options.max_queued_requests;
+  result.scheduler.itl_target = ToDuration(options.itl_target_ms / 1000);
+  result.scheduler.fairness.wait_bound = ToDuration(options.priority_wait_bound_s);
+  result.queue.max_sequences = options.max_queued_requests;
+  result.queue.max_prompt_tokens = options.max_queued_tokens;
+  result.queue.max_bytes = int64_t{options.max_queued_mib} << 20;
   return result;
 }
 
@@ -150,6 +154,7 @@ void Serving::Connect() {
   if (security_.audit != nullptr) security_.audit->SetOnDrop([this] { operator_metrics_.CountAuditDrop(); });
   context_.output = &output_;
   context_.submit = [this](scheduler::Request request) { return core_.Submit(std::move(request)); };
+  context_.check_admission = [this](const scheduler::Arrival& arrival) { return core_.CheckAdmission(arrival); };
   context_.abort = [this](scheduler::RequestId id) { core_.Abort(id); };
   context_.queue_depth = [this] { return core_.queue_depth(); };
   context_.now = Clock::now;

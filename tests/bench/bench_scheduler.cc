@@ -90,7 +90,7 @@ void BM_EngineStep(benchmark::State& state) {
   DiscardingSink sink;
   EngineCoreOptions options;
   options.scheduler.max_prefill_chunk = context;
-  options.max_queued_requests = num_sequences;
+  options.queue.max_sequences = num_sequences;
   EngineCore core(options, &runner, &sink, [] { return Clock::now(); });
   for (int i = 0; i < num_sequences; ++i) CHECK(core.Submit(MakeRequest(i, context)).ok());
   for (int i = 0; i < 40; ++i) core.Step();

@@ -129,7 +129,7 @@ TEST_F(EngineCoreTest, DrainRefusesNewRequestsAndFinishesLiveOnes) {
 
 TEST_F(EngineCoreTest, QueueFullIsRefusedWithDepthAndLimit) {
   EngineCoreOptions options;
-  options.max_queued_requests = 3;
+  options.queue.max_sequences = 3;
   Make({}, options);
   ASSERT_TRUE(core_->Submit(MakeRequest(1, 4, 3, 2)).ok());
   EXPECT_EQ(core_->queue_depth(), 2);
@@ -266,8 +266,8 @@ TEST_F(EngineCoreTest, IdleEngineDoesNotStep) {
 TEST(EngineCoreOptionsTest, OutOfRangeNamesTheField) {
   EngineCoreOptions options;
   EXPECT_TRUE(options.Validate().ok());
-  options.max_queued_requests = 0;
-  EXPECT_THAT(std::string(options.Validate().message()), HasSubstr("max_queued_requests 0 outside [1,"));
+  options.queue.max_sequences = 0;
+  EXPECT_THAT(std::string(options.Validate().message()), HasSubstr("queue.max_sequences 0 outside [1,"));
   options = {};
   options.scheduler.max_prefill_chunk = 0;
   EXPECT_THAT(std::string(options.Validate().message()), HasSubstr("max_prefill_chunk 0 outside [1,"));

@@ -46,7 +46,7 @@ class FairQueueTest : public ::testing::Test {
   }
   void End(const SequencePtr& sequence) { queue_.Detach(*sequence); }
 
-  FairQueue queue_{{.prompt_token_weight = 1, .output_token_weight = 2, .wait_bound = seconds(5)}};
+  FairQueue queue_{{.prompt_token_weight = 1, .output_token_weight = 2, .burst_credit = 0, .wait_bound = seconds(5)}};
   TimePoint now_ = TimePoint(seconds(100));
   std::vector<SequencePtr> started_;
   uint64_t num_made_ = 0;
@@ -197,7 +197,7 @@ TEST_F(FairQueueTest, IdleTenantsAreForgotten) {
 // A server of a few slots over random tenants, lengths and arrivals, as a model of the scheduler around the queue.
 class Server {
  public:
-  Server(uint64_t seed, int num_tenants) : random_(seed), queue_({.wait_bound = seconds(1000000)}) {
+  Server(uint64_t seed, int num_tenants) : random_(seed), queue_({.burst_credit = 0, .wait_bound = seconds(1000000)}) {
     for (int t = 0; t < num_tenants; ++t) service_["t" + std::to_string(t)] = 0;
   }
 

@@ -158,6 +158,20 @@ TEST_F(GenerationServiceTest, RefusalsAreTypedAndCounted) {
   EXPECT_THAT(harness_.MetricsText(), HasSubstr("reason=\"invalid\"} 2"));
 }
 
+TEST_F(GenerationServiceTest, AnUnreachableDeadlineIsRefusedEarlyWithTheTimeToComeBack) {
+  absl::Status early = ReasonError(absl::StatusCode::kUnavailable, reason::kDeadlineUnreachable, "too long a queue",
+                                   {{"queue_depth", "12"}, {"estimated_wait_ms", "900"}});
+  SetRetryDelayMs(early, 340);
+  harness_.engine->early_refusal = early;
+  const StreamResult refused = Stream(Task(4));
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_EQ(InfoOf(refused.status).reason(), reason::kDeadlineUnreachable);
+  EXPECT_EQ(InfoOf(refused.status).metadata().at("queue_depth"), "12");
+  EXPECT_EQ(refused.pushback_trailer, "340");
+  EXPECT_EQ(harness_.output->num_live(), 0);
+  EXPECT_THAT(harness_.MetricsText(), HasSubstr("reason=\"deadline\"} 1"));
+}
+
 TEST_F(GenerationServiceTest, DrainingRefusesNewCallsAndFinishesLiveOnes) {
   auto future = StreamInBackground(Task(10));
   harness_.engine->WaitForRequests(1);

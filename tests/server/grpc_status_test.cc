@@ -5,6 +5,8 @@
 #include <grpcpp/support/error_details.h>
 #include <gtest/gtest.h>
 
+#include "scheduler/queue_ledger.h"
+
 namespace minitron::server {
 namespace {
 
@@ -42,6 +44,26 @@ TEST(GrpcStatusTest, UnavailableCarriesRetryInfo) {
   EXPECT_EQ(retry.retry_delay().nanos(), 500000000);
   EXPECT_EQ(RetryDelayMs(full), 500);
   EXPECT_EQ(RetryDelayMs(absl::InternalError("x")), std::nullopt);
+}
+
+TEST(GrpcStatusTest, RefusalsOfTheQueueCarryItsOwnNumbers) {
+  scheduler::QueueLedger ledger({.max_sequences = 1});
+  scheduler::Request request;
+  request.prompt_token_ids = {1};
+  ledger.Enter(request);
+  const absl::Status refused = ledger.Check(scheduler::ArrivalOf(request));
+  const grpc::Status wire = ToGrpcStatus(refused);
+  EXPECT_EQ(wire.error_code(), grpc::StatusCode::UNAVAILABLE);
+  google::rpc::ErrorInfo info;
+  ASSERT_TRUE(Find(wire, info));
+  EXPECT_EQ(info.reason(), reason::kQueueFull);
+  EXPECT_EQ(info.metadata().at("queue_depth"), "1");
+  google::rpc::RetryInfo retry;
+  ASSERT_TRUE(Find(wire, retry));
+  EXPECT_EQ(RetryDelayMs(refused), 500);
+  EXPECT_STREQ(scheduler::kReasonDeadlineUnreachable, reason::kDeadlineUnreachable);
+  EXPECT_STREQ(scheduler::kReasonQueuedTokensFull, reason::kQueuedTokensFull);
+  EXPECT_STREQ(scheduler::kReasonQueuedBytesFull, reason::kQueuedBytesFull);
 }
 
 TEST(GrpcStatusTest, ResourceExhaustedCarriesQuotaFailure) {

@@ -184,6 +184,51 @@ TEST_F(RequestBuilderTest, UnsetFieldsTakeTheDefaults) {
   EXPECT_EQ(built->request.eos_token_ids, std::vector<TokenId>{3});
 }
 
+TEST_F(RequestBuilderTest, FirstTokenTimeoutIsCheckedAtBothEndsAndCountsFromTheArrival) {
+  ExpectAccepted();
+  EXPECT_EQ(Build()->request.first_token_deadline, scheduler::TimePoint::max());
+  google::protobuf::Duration& timeout = *task_.mutable_first_token_timeout();
+  const auto set = [&timeout](int64_t seconds, int32_t nanos) {
+    timeout.set_seconds(seconds);
+    timeout.set_nanos(nanos);
+  };
+  for (const auto& [seconds, nanos] : std::vector<std::pair<int64_t, int32_t>>{
+           {0, 0}, {0, -1}, {-1, 0}, {1, 1000000000}, {86400, 1}, {86401, 0}, {INT64_MAX, 0}, {INT64_MIN, INT32_MIN}}) {
+    set(seconds, nanos);
+    ExpectRefused("first_token_timeout");
+  }
+  call_.arrival = scheduler::TimePoint(std::chrono::seconds(7));
+  set(0, 1);
+  EXPECT_EQ(Build()->request.first_token_deadline, call_.arrival + std::chrono::nanoseconds(1));
+  set(86400, 0);
+  EXPECT_EQ(Build()->request.first_token_deadline, call_.arrival + std::chrono::hours(24));
+  EXPECT_TRUE(Build()->spec.has_first_token_timeout);
+}
+
+TEST_F(RequestBuilderTest, AdmissionIsAskedAfterTheCheapChecksAndBeforeTheTokenizer) {
+  std::vector<scheduler::Arrival> asked;
+  call_.tenant = "a";
+  call_.deadline = scheduler::TimePoint(std::chrono::seconds(9));
+  call_.check_admission = [&asked](const scheduler::Arrival& arrival) {
+    asked.push_back(arrival);
+    return ReasonError(absl::StatusCode::kUnavailable, reason::kQueueFull, "full");
+  };
+  task_.set_priority(2);
+  task_.mutable_sampling()->set_num_sequences(3);
+  // Neither tokenized nor measured: a text of any size is refused at the same cost.
+  task_.set_text(std::string(limits::kMaxTextBytes + 1, 'x'));
+  EXPECT_EQ(GetReason(Build().status()), reason::kQueueFull);
+  ASSERT_EQ(asked.size(), 1u);
+  EXPECT_EQ(asked[0].tenant, "a");
+  EXPECT_EQ(asked[0].priority, 2);
+  EXPECT_EQ(asked[0].work.num_sequences, 3);
+  EXPECT_EQ(asked[0].work.num_prompt_tokens, 1);
+  EXPECT_EQ(asked[0].start_by, call_.deadline);
+  task_.mutable_sampling()->set_temperature(9);  // wrong whatever the load
+  ExpectRefused("sampling.temperature");
+  EXPECT_EQ(asked.size(), 1u);
+}
+
 TEST_F(RequestBuilderTest, ScoreSplitsWhereTheContextEnds) {
   v1::ScoreRequest message;
   message.set_context_text("to be or not ");

@@ -188,6 +188,7 @@ ServerHarness::ServerHarness(const HarnessOptions& options) {
   context.output = output.get();
   context.submit = [this](scheduler::Request request) { return engine->Submit(std::move(request)); };
   context.abort = [this](scheduler::RequestId id) { engine->Abort(id, -1); };
+  context.check_admission = [this](const scheduler::Arrival& arrival) { return engine->CheckAdmission(arrival); };
   context.queue_depth = [] { return 0; };
   context.begin_drain = [this] { ++num_drain_requests; };
   GrpcServerOptions grpc_options = options.grpc;

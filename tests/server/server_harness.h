@@ -27,6 +27,7 @@ class ScriptedEngine {
  public:
   explicit ScriptedEngine(std::function<scheduler::TimePoint()> now) : now_(std::move(now)) {}
 
+  absl::Status CheckAdmission(const scheduler::Arrival&) { return early_refusal; }
   absl::Status Submit(scheduler::Request request);
   void Abort(scheduler::RequestId id, int index);
   // One step over all live requests, handed to `output` on this thread. Returns whether there was work.
@@ -39,6 +40,7 @@ class ScriptedEngine {
 
   std::vector<TokenId> script;     // repeated when shorter than the answer
   absl::Status refusal;            // returned by Submit unless OK
+  absl::Status early_refusal;      // returned by CheckAdmission
   std::string engine_error;        // reported by the next step
   bool fail_next_request = false;  // kError in the next step
 

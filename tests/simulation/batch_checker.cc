@@ -16,6 +16,7 @@ absl::Status BatchChecker::Submit(const engine::Batch& batch) {
   CheckBudgets(batch);
   for (int s = 0; s < batch.num_sequences(); ++s) CheckSequence(batch, s);
   blocks_in_flight_.push_back(batch.block_ids);
+  tokens_in_flight_.push_back(batch.num_tokens());
   if (blocks_in_flight_.size() == 2) marks_->Hit("two steps in flight");
   CheckBlocksInFlight();
   return fake_.Submit(batch);
@@ -25,6 +26,8 @@ absl::StatusOr<engine::StepResult> BatchChecker::Collect() {
   CheckBlocksInFlight();
   absl::StatusOr<engine::StepResult> result = fake_.Collect();
   blocks_in_flight_.pop_front();
+  on_collect_(tokens_in_flight_.front());
+  tokens_in_flight_.pop_front();
   return result;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <map>
 #include <set>
 #include <string>
@@ -24,6 +25,8 @@ class BatchChecker : public engine::ModelRunner {
   // The engine core that submits; it is built after its runner. Call before the first Submit.
   void set_core(const scheduler::EngineCore* core) { core_ = core; }
   testing::FakeModelRunner& fake() { return fake_; }
+  // Called when a batch of so many token rows is done.
+  void set_on_collect(std::function<void(int)> on_collect) { on_collect_ = std::move(on_collect); }
 
   // Contents (PrefixChain::content) that a sequence shared instead of computing them.
   const std::set<uint64_t>& hit_contents() const { return hit_contents_; }
@@ -65,6 +68,8 @@ class BatchChecker : public engine::ModelRunner {
   std::map<SequenceKey, int> num_starts_;  // of a sequence: 1 + preemptions
   std::set<uint64_t> hit_contents_;
   std::deque<std::vector<engine::BlockId>> blocks_in_flight_;  // by batch
+  std::deque<int> tokens_in_flight_;                           // likewise
+  std::function<void(int)> on_collect_ = [](int) {};
 };
 
 }  // namespace minitron::simulation

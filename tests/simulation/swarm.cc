@@ -25,6 +25,7 @@ struct Settings {
   double arrival_rate = 0;  // chance of one more request per step
   double abort_rate = 0;
   double deadline_rate = 0;
+  double first_token_rate = 0;
   double repeat_rate = 0;      // chance that a prompt begins as another one
   double clock_jump_rate = 0;  // chance of a minute between two steps
   int drain_at_step = -1;
@@ -84,9 +85,15 @@ Settings Swarm::DrawSettings() {
   core.scheduler.admission_mode = static_cast<scheduler::AdmissionMode>(Draw(0, 1));
   core.scheduler.max_preemptions = Draw(0, 4);
   core.overlap = static_cast<scheduler::Overlap>(Draw(0, 2));
-  core.max_queued_requests = Draw(4, 40);
+  core.queue.max_sequences = Draw(4, 40);
+  if (Chance(0.2)) core.queue.max_prompt_tokens = Draw(20, 200);
+  if (Chance(0.5)) s.world.step_time = std::chrono::microseconds(Draw(1, 2000));
+  if (Chance(0.5)) s.world.token_time = std::chrono::microseconds(Draw(1, 100));
+  if (Chance(0.3)) core.scheduler.itl_target = std::chrono::microseconds(Draw(500, 8000));
+  s.first_token_rate = Chance(0.3) ? 0.3 : 0.0;
   s.num_requests = Draw(5, 30);
   s.num_tenants = Chance(0.5) ? Draw(2, 4) : 1;
+  core.scheduler.fairness.burst_credit = Chance(0.5) ? Draw(0, 100) : 0;
   core.scheduler.fairness.wait_bound = milliseconds(Draw(1, 50));
   s.arrival_rate = Chance(0.3) ? 0.95 : 0.3;
   s.abort_rate = Chance(0.5) ? 0.1 : 0.0;
@@ -134,6 +141,7 @@ Request Swarm::DrawRequest() {
   request.waits_for_each_token = Chance(0.1);
   request.arrival = world_.now();
   if (Chance(settings_.deadline_rate)) request.deadline = world_.now() + milliseconds(Draw(1, 60));
+  if (Chance(settings_.first_token_rate)) request.first_token_deadline = world_.now() + milliseconds(Draw(1, 40));
   return request;
 }
 

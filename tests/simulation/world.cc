@@ -20,19 +20,20 @@ World::World(const WorldOptions& options, Marks* marks, Violations* violations)
       marks_(marks),
       violations_(violations),
       runner_(options.runner, options.core.scheduler, marks, violations),
-      core_(options.core, &runner_, this, [this] { return now_; }) {
+      core_(options.core, &runner_, this, [this] { return now_; }),
+      order_(options.core.scheduler.fairness, options.core.queue, marks, violations) {
   runner_.set_core(&core_);
+  runner_.set_on_collect([this](int num_tokens) { now_ += options_.step_time + num_tokens * options_.token_time; });
 }
 
 bool World::Submit(const Request& request) {
-  const int depth = core_.queue_depth();
   const absl::Status status = core_.Submit(request);
   if (!status.ok()) {
-    CheckRefusal(request, depth, status);
+    CheckRefusal(request, status);
     return false;
   }
   violations_->Expect(!draining_ && !failed_, "nothing is accepted by an engine that drains or has failed");
-  violations_->Expect(core_.queue_depth() <= options_.core.max_queued_requests, "the queue bound is kept");
+  order_.OnAccepted(request);
   LiveRequest& live = requests_[request.id];
   live.request = request;
   for (int i = 0; i < request.num_sequences; ++i) {
@@ -41,7 +42,7 @@ bool World::Submit(const Request& request) {
   return true;
 }
 
-void World::CheckRefusal(const Request& request, int depth, const absl::Status& status) {
+void World::CheckRefusal(const Request& request, const absl::Status& status) {
   if (failed_) {
     return violations_->Expect(status.code() == absl::StatusCode::kInternal, "a failed engine says so");
   }
@@ -51,10 +52,7 @@ void World::CheckRefusal(const Request& request, int depth, const absl::Status& 
     violations_->Expect(reason == absl::Cord(scheduler::kReasonDraining), "a refusal names its reason");
     return marks_->Hit("refused: draining");
   }
-  violations_->Expect(reason == absl::Cord(scheduler::kReasonQueueFull), "a refusal names its reason");
-  violations_->Expect(depth + request.num_sequences > options_.core.max_queued_requests,
-                      "only a full queue refuses, not one of", depth);
-  marks_->Hit("refused: queue full");
+  order_.OnRefused(request, status);
 }
 
 void World::BeginDrain() {
@@ -115,6 +113,7 @@ bool World::Step() {
   }
   const std::vector<CachedBlock> cached = CachedBlocks();
   step_start_ = now_;
+  order_.BeforeStep(core_.scheduler());
   const bool worked = core_.Step();
   if (failed_) return worked;
   const absl::Status consistent = core_.scheduler().CheckConsistent();
@@ -124,6 +123,7 @@ bool World::Step() {
     violations_->Expect(sequence->num_output_tokens() == num_tokens + 1,
                         "a decoding sequence gets a token each step:", sequence->id());
   }
+  order_.AfterStep(core_.scheduler(), step_start_, now_);
   CheckEnded();
   CheckRetiring();
   CheckPreemptions();
@@ -184,7 +184,8 @@ void World::CheckRetiring() {
 
 void World::CheckEnded() {
   for (const auto& [id, live] : requests_) {
-    const bool expired = live.request.deadline <= step_start_;
+    const bool expired =
+        live.request.deadline <= step_start_ || (live.request.first_token_deadline <= step_start_ && !live.prompt_done);
     for (size_t i = 0; i < live.sequences.size(); ++i) {
       if (!live.sequences[i].abort_sent && !expired) continue;
       violations_->Expect(live.sequences[i].finished && Find(id, i) == nullptr,
@@ -249,8 +250,14 @@ void World::OnStep(StepOutput output) {
                         "PromptDone counts the prompt:", event.id);
     live.prompt_done = true;
   }
-  for (const auto& event : output.tokens) OnToken(event);
-  for (const auto& event : output.finished) OnFinish(event);
+  for (const auto& event : output.tokens) {
+    order_.OnToken(event);
+    OnToken(event);
+  }
+  for (const auto& event : output.finished) {
+    order_.OnFinish(event);
+    OnFinish(event);
+  }
 }
 
 void World::OnPromptLogprobs(const scheduler::PromptLogprobsEvent& event) {
@@ -277,6 +284,8 @@ void World::OnToken(const scheduler::TokenEvent& event) {
   violations_->Expect(!sequence.finished, "no token after the end:", event.id, event.index);
   violations_->Expect(!sequence.abort_sent, "no token after the abort:", event.id, event.index);
   violations_->Expect(live.request.deadline > now_, "no token after the deadline:", event.id, event.index);
+  violations_->Expect(sequence.num_tokens > 0 || event.index > 0 || live.request.first_token_deadline > now_,
+                      "no first token after its timeout:", event.id);
   const bool in_order = event.output_position == static_cast<int>(sequence.num_tokens) &&
                         sequence.num_tokens < sequence.expected.tokens.size();
   violations_->Expect(in_order, "tokens come in order, once, and not too many:", event.id, event.output_position);
@@ -301,13 +310,29 @@ void World::OnFinish(const scheduler::FinishEvent& event) {
     case FinishReason::kCancelled:
       return violations_->Expect(sequence.abort_sent, "only the cancelled end as cancelled:", event.id);
     case FinishReason::kDeadline:
-      violations_->Expect(live.request.deadline <= now_, "only the expired end by deadline:", event.id);
-      if (never_ran) marks_->Hit("deadline in queue");
-      if (sequence.num_tokens > 0) marks_->Hit("deadline after tokens");
-      return;
+      return CheckDeadline(live, sequence, never_ran);
     default:
       CheckOutcome(live, sequence, event);
   }
+}
+
+void World::CheckDeadline(const LiveRequest& live, const LiveSequence& sequence, bool never_ran) {
+  const Request& request = live.request;
+  if (request.deadline <= now_) {
+    if (never_ran) marks_->Hit("deadline in queue");
+    if (sequence.num_tokens > 0) marks_->Hit("deadline after tokens");
+    return;
+  }
+  violations_->Expect(!live.prompt_done, "only the expired end by deadline:", request.id);
+  if (request.first_token_deadline <= now_) return marks_->Hit("first token too late");
+  // Given up before it started: even with a step for each of its tokens it must have been close.
+  // (what passes between two calls counts as well when steps overlap).
+  const auto longest_step =
+      options_.step_time + core_.scheduler().max_step_tokens() * options_.token_time + longest_advance_;
+  const auto left = std::min(request.deadline, request.first_token_deadline) - now_;
+  violations_->Expect(never_ran && left < (request.prompt_token_ids.size() + 2) * longest_step,
+                      "only who cannot make it is given up before it starts:", request.id);
+  marks_->Hit("given up before it started");
 }
 
 void World::CheckOutcome(const LiveRequest& live, const LiveSequence& sequence, const scheduler::FinishEvent& event) {

@@ -3,6 +3,7 @@
 // against the unbatched oracle and the invariants after every step.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <set>
@@ -11,6 +12,7 @@
 #include "scheduler/engine_core.h"
 #include "tests/simulation/batch_checker.h"
 #include "tests/simulation/marks.h"
+#include "tests/simulation/order_checker.h"
 #include "tests/simulation/unbatched_oracle.h"
 
 namespace minitron::simulation {
@@ -18,6 +20,9 @@ namespace minitron::simulation {
 struct WorldOptions {
   testing::FakeModelRunnerOptions runner;
   scheduler::EngineCoreOptions core;
+  // What a step takes of the virtual clock.
+  scheduler::Duration step_time{};
+  scheduler::Duration token_time{};  // on top, per token row
 };
 
 struct LiveSequence {
@@ -53,7 +58,10 @@ class World : public scheduler::StepSink {
 
   // One step of the engine, then the invariants. Returns whether there was work.
   bool Step();
-  void Advance(scheduler::Duration duration) { now_ += duration; }
+  void Advance(scheduler::Duration duration) {
+    now_ += duration;
+    longest_advance_ = std::max(longest_advance_, duration);
+  }
 
   // No new requests from now on.
   void BeginDrain();
@@ -83,7 +91,8 @@ class World : public scheduler::StepSink {
   };
   std::vector<CachedBlock> CachedBlocks() const;
 
-  void CheckRefusal(const scheduler::Request& request, int depth, const absl::Status& status);
+  void CheckRefusal(const scheduler::Request& request, const absl::Status& status);
+  void CheckDeadline(const LiveRequest& live, const LiveSequence& sequence, bool never_ran);
   void CheckEnded();
   void CheckRetiring();
   void NoteEvictions(const std::vector<CachedBlock>& before);
@@ -101,8 +110,10 @@ class World : public scheduler::StepSink {
   Violations* const violations_;  // likewise
   scheduler::TimePoint now_ = scheduler::TimePoint(std::chrono::seconds(1));
   scheduler::TimePoint step_start_;
+  scheduler::Duration longest_advance_{};
   BatchChecker runner_;
   scheduler::EngineCore core_;
+  OrderChecker order_;
   std::map<scheduler::RequestId, LiveRequest> requests_;
   std::set<const scheduler::Sequence*> retiring_;  // since the step before
   bool draining_ = false;

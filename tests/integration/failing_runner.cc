@@ -8,7 +8,7 @@ namespace minitron::engine {
 
 absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptions&) {
   testing::FakeModelRunnerOptions options;
-  options.vocab_size = 2048;  // of the shipped tokenizer
+  options.vocab_size = 2048;   // of the shipped tokenizer
   options.fail_at_step = 100;  // past the self-test
   return std::make_unique<testing::FakeModelRunner>(options);
 }

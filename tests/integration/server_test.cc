@@ -90,7 +90,7 @@ std::pair<std::string, int> GenerateFor(v1::GenerationService::Stub& stub, const
   const grpc::Status status = stub.Generate(&context, request, &response);
   EXPECT_TRUE(status.ok()) << status.error_message();
   if (response.sequences_size() != 1) return {};
-  return {response.sequences(0).text(), static_cast<int>(response.sequences(0).usage().cached_tokens())};
+  return {response.sequences(0).text(), static_cast<int>(response.sequences(0).finished().usage().cached_tokens())};
 }
 
 TEST(ServerTest, APromptIsComputedOncePerTenantAndSaltAndTheAnswerStaysTheSame) {

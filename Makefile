@@ -60,8 +60,9 @@ test-tsan: deps-test
 
 bench-scheduling: deps-test
 	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
-	@cmake --build --preset release -j $(JOBS) --target minitron-bench-scheduling minitron-server
+	@cmake --build --preset release -j $(JOBS) --target minitron-bench-scheduling minitron-bench-scheduler minitron-server
 	@tests/bench/update_readme.py scheduling build/release/bin/minitron-bench-scheduling
+	@tests/bench/update_readme.py host build/release/bin/minitron-bench-scheduler
 	@tests/bench/update_readme.py refusals tests/bench/refusal_latency.py
 
 # About ten seconds per bug, most of it compiling.

@@ -91,6 +91,7 @@ void BM_EngineStep(benchmark::State& state) {
   EngineCoreOptions options;
   options.scheduler.max_prefill_chunk = context;
   options.queue.max_sequences = num_sequences;
+  options.queue.max_prompt_tokens = int64_t{num_sequences} * context;
   EngineCore core(options, &runner, &sink, [] { return Clock::now(); });
   for (int i = 0; i < num_sequences; ++i) CHECK(core.Submit(MakeRequest(i, context)).ok());
   for (int i = 0; i < 40; ++i) core.Step();

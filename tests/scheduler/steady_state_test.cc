@@ -36,6 +36,7 @@ TEST_P(SteadyStateTest, DecodingAllocatesNothing) {
   RecyclingSink sink;
   EngineCoreOptions options;
   options.scheduler.max_prefill_chunk = kContext;
+  options.queue.max_prompt_tokens = int64_t{kNumSequences} * kContext;  // all of them come at once
   options.overlap = GetParam();
   EngineCore core(options, &runner, &sink, [] { return TimePoint(std::chrono::seconds(1)); });
   for (int i = 0; i < kNumSequences; ++i) {

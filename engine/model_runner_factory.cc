@@ -103,8 +103,9 @@ absl::StatusOr<int> SizeKvCache(const EngineOptions& options, int max_context_to
   return static_cast<int>(std::min<int64_t>(num_blocks, INT32_MAX));
 }
 
-// Whether to run on the device. Error: asked for, and not possible.
-absl::StatusOr<bool> UseCuda(const EngineOptions& options) {
+// Whether to run on the device. Error: asked for, and not possible. `why_not` is set when auto found none; it is told
+// only once the model is loaded, because a failed start is one line.
+absl::StatusOr<bool> UseCuda(const EngineOptions& options, [[maybe_unused]] std::string& why_not) {
   if (options.backend == Backend::kCpu) return false;
 #if MINITRON_CUDA
   const bool quantized = options.quantization != Quantization::kOff;
@@ -114,7 +115,7 @@ absl::StatusOr<bool> UseCuda(const EngineOptions& options) {
   const absl::Status device = cuda::ProbeDevice();
   if (device.ok()) return true;
   if (options.backend == Backend::kCuda) return device;
-  base::LogInfo(absl::StrCat("backend auto: cpu, because ", device.message()));
+  why_not = std::string(device.message());
   return false;
 #else
   if (options.backend == Backend::kCuda) return absl::UnimplementedError("this build has no CUDA backend");
@@ -144,7 +145,8 @@ absl::StatusOr<std::shared_ptr<const LoadedWeights>> Load(std::shared_ptr<const 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptions& options) {
-  ASSIGN_OR_RETURN([[maybe_unused]] const bool use_cuda, UseCuda(options));
+  std::string why_not_cuda;
+  ASSIGN_OR_RETURN([[maybe_unused]] const bool use_cuda, UseCuda(options, why_not_cuda));
   RETURN_IF_ERROR(CheckOptions(options));
   ASSIGN_OR_RETURN(const NemotronConfig config, LoadNemotronConfig(options.model_dir));
   RETURN_IF_ERROR(CheckRange("max_context_tokens", options.max_context_tokens, 0, config.max_position_embeddings));
@@ -166,6 +168,7 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
   const int num_threads = options.num_threads > 0 ? options.num_threads : cpu::NumUsableCores();
   ASSIGN_OR_RETURN(const std::shared_ptr<const LoadedWeights> loaded, Load(checkpoint, source, options, num_threads));
   const NemotronWeights& weights = loaded->packed->weights();
+  if (!why_not_cuda.empty()) base::LogInfo(absl::StrCat("backend auto: cpu, because ", why_not_cuda));
   base::LogInfo(absl::StrCat("engine backend=cpu threads=", num_threads, " parameters=", weights.num_parameters,
                              " weights=", DTypeName(weights.matrix_dtype), " context=", max_context,
                              " kv_blocks=", num_blocks, " kv_block_tokens=", options.block_size));

@@ -201,25 +201,33 @@ void StreamInferCall::Advance() {
   writing_ = std::move(ready_.front());
   ready_.pop_front();
   writing_->queued = false;
-  FillMessage(*writing_);
-  if (writing_->complete) open_.erase(writing_);
+  if (FillMessage(*writing_)) {
+    open_.erase(writing_);
+  } else if (writing_->complete) {
+    // The end came together with the last text, and the client asked for an empty last message.
+    writing_->queued = true;
+    ready_.push_front(writing_);
+  }
   write_started_ = server_->now();
   StartWrite(&in_flight_);
 }
 
-void StreamInferCall::FillMessage(Entry& entry) {
+bool StreamInferCall::FillMessage(Entry& entry) {
   in_flight_.Clear();
   inference::ModelInferResponse& response = *in_flight_.mutable_infer_response();
+  bool is_last = entry.complete;
   if (entry.failed.has_value()) {
     in_flight_.set_error_message(entry.failed->error_message());
     response.set_model_name(server_->model.name);
     response.set_id(entry.options.id);
   } else if (entry.answer->has_news() || !entry.answer->options().empty_final) {
+    is_last = is_last && !entry.answer->options().empty_final;
     entry.answer->Take(response);
   } else {
     entry.answer->TakeNothing(response);
   }
-  (*response.mutable_parameters())["triton_final_response"].set_bool_param(entry.complete);
+  (*response.mutable_parameters())["triton_final_response"].set_bool_param(is_last);
+  return is_last;
 }
 
 std::vector<scheduler::RequestId> StreamInferCall::TakeLiveIds() {

@@ -63,8 +63,8 @@ class StreamInferCall final
 
   // With mutex_ held:
   void Enqueue(const EntryPtr& entry);
-  void Advance();  // starts what can be started: a write, a read, the end
-  void FillMessage(Entry& entry);
+  void Advance();                  // starts what can be started: a write, a read, the end
+  bool FillMessage(Entry& entry);  // whether it is the request's last message
   std::vector<scheduler::RequestId> TakeLiveIds();
 
   ServerContext* server_;  // owned by main
@@ -78,7 +78,7 @@ class StreamInferCall final
   std::set<EntryPtr> open_;     // requests whose last message is not written yet
   std::deque<EntryPtr> ready_;  // those with something to send, in turn
   EntryPtr writing_;
-  int num_prompt_tokens_ = 0;   // of all requests that ended
+  int num_prompt_tokens_ = 0;  // of all requests that ended
   bool reading_ = false;
   bool reads_done_ = false;
   bool finished_ = false;

@@ -32,8 +32,8 @@ struct ServedModel {
 
 // What a call brings besides its message.
 struct CallContext {
-  std::string request_id;        // from x-request-id; used when the message names none
-  std::string tenant;            // of the token; without authentication x-minitron-tenant
+  std::string request_id;  // from x-request-id; used when the message names none
+  std::string tenant;      // of the token; without authentication x-minitron-tenant
   scheduler::TimePoint arrival;
   scheduler::TimePoint deadline = scheduler::TimePoint::max();
   // Asked once all that is cheap to check is found good, before text is tokenized. May be empty.

@@ -201,6 +201,9 @@ void OutputProcessor::Process(StepOutput output) {
     last_stats_ = output.stats;
   }
   metrics_->RecordStep(output.stats, observations_);
+  // Only now: who sees the end of a call finds it counted.
+  for (const std::shared_ptr<CallSink>& sink : completed_) sink->OnComplete();
+  completed_.clear();
   if (!output.engine_error.empty()) {
     base::LogError(absl::StrCat("engine failed error=\"", output.engine_error, "\""));
     FailAll();
@@ -373,7 +376,7 @@ void OutputProcessor::CloseCall(const CallPtr& call) {
     call->spec.charge->Settle(num_used);
   }
   Remove(call);
-  if (!call->failed) call->sink->OnComplete();
+  if (!call->failed) completed_.push_back(call->sink);
 }
 
 void OutputProcessor::FailAll() {

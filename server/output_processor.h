@@ -117,7 +117,8 @@ class OutputProcessor : public scheduler::StepSink {
   bool stopping_ = false;
   std::thread thread_;
 
-  StepObservations observations_;  // output thread; reused
+  StepObservations observations_;                     // output thread; reused
+  std::vector<std::shared_ptr<CallSink>> completed_;  // in this step; told once it is counted
 };
 
 }  // namespace minitron::server

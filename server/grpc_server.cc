@@ -20,7 +20,7 @@ namespace {
 
 constexpr const char* kReadyServices[] = {"", "minitron.v1.GenerationService", "minitron.v1.ModelService"};
 constexpr char kLiveness[] = "liveness";
-// A call that arrives while the server ends gets this long to take its refusal.
+// A call that arrives while the server ends gets this long to take its refusal, a connection this long to close.
 constexpr std::chrono::milliseconds kLateCallGrace{200};
 constexpr int kMaxMetadataBytes = 16 * 1024;
 
@@ -163,8 +163,9 @@ void GrpcServer::SetReady(bool ready) {
 void GrpcServer::SetAlive(bool alive) { server_->GetHealthCheckService()->SetServingStatus(kLiveness, alive); }
 
 void GrpcServer::Shutdown(std::chrono::milliseconds grace) {
-  listener_.reset();
+  listener_->StopAccepting();
   context_->open_calls.WaitForNone(grace);
+  listener_->HangUp(std::min(grace, kLateCallGrace));
   server_->Shutdown(std::chrono::system_clock::now() + std::min(grace, kLateCallGrace));
   server_->Wait();
 }

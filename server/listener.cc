@@ -25,6 +25,7 @@ namespace {
 constexpr int kBacklog = 1024;
 // How often gone connections are looked for. Each costs one fstat, so 5000 cost about 2 ms per look.
 constexpr int kSweepMs = 500;
+constexpr std::chrono::milliseconds kHangUpPoll{1};
 // Connections taken from one port before the others get their turn.
 constexpr int kBurst = 64;
 
@@ -98,11 +99,27 @@ Listener::Listener(const ListenerOptions& options, std::vector<Endpoint> endpoin
 }
 
 Listener::~Listener() {
+  StopAccepting();
+  close(wake_fd_);
+  if (spare_fd_ >= 0) close(spare_fd_);
+}
+
+void Listener::StopAccepting() {
+  if (!thread_.joinable()) return;
   const uint64_t one = 1;
   CHECK(write(wake_fd_, &one, sizeof(one)) == sizeof(one));
   thread_.join();
-  close(wake_fd_);
-  if (spare_fd_ >= 0) close(spare_fd_);
+  endpoints_.clear();
+}
+
+void Listener::HangUp(std::chrono::milliseconds patience) {
+  const auto deadline = std::chrono::steady_clock::now() + patience;
+  // A descriptor that gRPC has closed may be another one's by now: sweep before each use. Again and again, because
+  // gRPC sees the end only when it reads and finds nothing, which a busy client may prevent for a while.
+  for (Sweep(); !connections_.empty() && std::chrono::steady_clock::now() < deadline; Sweep()) {
+    for (const auto& [fd, connection] : connections_) shutdown(fd, SHUT_RD);
+    std::this_thread::sleep_for(kHangUpPoll);
+  }
 }
 
 void Listener::Run() {

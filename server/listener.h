@@ -8,6 +8,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <functional>
 #include <map>
 #include <memory>
@@ -57,7 +58,15 @@ class Listener {
 
   // Accepts from now on; the gRPC server must have been started.
   Listener(const ListenerOptions& options, std::vector<Endpoint> endpoints, Hooks hooks);
-  ~Listener();  // accepts no more; open connections stay
+  ~Listener();  // as StopAccepting; open connections stay
+
+  // Closes the ports. Idempotent; the calling thread owns this object from then on.
+  void StopAccepting();
+  // Reads no more from any open connection, which makes gRPC close it when what it writes is written, and waits until
+  // all are closed or `patience` is over. A client whose call arrives too late finds its connection gone: UNAVAILABLE,
+  // which clients try again elsewhere. gRPC's own shutdown would end such a call with CANCELLED, which nobody does.
+  // After StopAccepting.
+  void HangUp(std::chrono::milliseconds patience);
 
  private:
   using Address = std::array<unsigned char, 16>;

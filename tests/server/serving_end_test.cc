@@ -2,6 +2,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <set>
+
 #include "server/grpc_status.h"
 #include "tests/server/serving_harness.h"
 #include "tests/server/wire.h"
@@ -168,6 +171,30 @@ TEST(ServingEndTest, AFailureInAnyStepReachesEveryCall) {
       EXPECT_EQ(result.FinishedOf(), nullptr);
     }
     EXPECT_EQ(harness.WaitForExit(), kExitEngine) << step;
+  }
+}
+
+// gRPC itself ends a call that arrives while it shuts down with CANCELLED, which no client tries again elsewhere.
+TEST(ServingEndTest, ACallThatComesWithTheEndIsAnsweredOrUnavailable) {
+  for (int round = 0; round < 20; ++round) {
+    ServingHarness harness;
+    std::atomic<bool> ended = false;
+    std::vector<std::future<std::set<grpc::StatusCode>>> callers;
+    for (int i = 0; i < 4; ++i) {
+      callers.push_back(std::async(std::launch::async, [&harness, &ended, channel = harness.Connect()] {
+        const auto stub = v1::GenerationService::NewStub(channel);
+        std::set<grpc::StatusCode> codes;
+        while (!ended.load()) codes.insert(ReadStream(*stub, Task(1)).status.error_code());
+        return codes;
+      }));
+    }
+    ReadStream(*harness.generation, Task(5));  // the callers have begun, more or less
+    harness.lifecycle.RequestDrain();
+    EXPECT_EQ(harness.WaitForExit(), kExitOk);
+    ended.store(true);
+    for (auto& caller : callers) {
+      EXPECT_THAT(caller.get(), ::testing::IsSubsetOf({grpc::StatusCode::OK, grpc::StatusCode::UNAVAILABLE}));
+    }
   }
 }
 

@@ -155,8 +155,10 @@ int Run(const ServerOptions& options) {
       WritePortFile(options.port_file,
                     {{"grpc", (*serving)->port()}, {"metrics", metrics_port}, {"health", (*serving)->health_port()}});
   if (!announced.ok()) lifecycle.RequestDrain();
-  base::LogInfo(absl::StrFormat("ready grpc=%s:%d metrics=%s:%d health=%d in %.2f s", options.host, (*serving)->port(),
-                                options.host, metrics_port, (*serving)->health_port(), SecondsSince(start)));
+  const std::string health =
+      options.health_port < 0 ? "" : absl::StrFormat(" health=%s:%d", options.host, (*serving)->health_port());
+  base::LogInfo(absl::StrFormat("ready grpc=%s:%d metrics=%s:%d%s in %.2f s", options.host, (*serving)->port(),
+                                options.host, metrics_port, health, SecondsSince(start)));
 
   const ExitCode code = (*serving)->ServeUntilEnd();
   return announced.ok() ? code : Fail(kExitUsage, announced);

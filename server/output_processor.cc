@@ -17,33 +17,6 @@ using scheduler::StepOutput;
 using scheduler::TimePoint;
 using scheduler::TokenEvent;
 
-struct OutputProcessor::SequenceState {
-  SequenceState(const Tokenizer* tokenizer, const CallSpec& spec)
-      : detokenizer(tokenizer, {.skip_special = spec.skip_special_tokens, .at_text_start = false}),
-        stop_checker(spec.stop_sequences, spec.include_stop_sequence) {}
-
-  Detokenizer detokenizer;
-  StopChecker stop_checker;
-  std::optional<std::string> stop_sequence;  // found: nothing after it counts
-  const FinishEvent* finish = nullptr;       // set while the step that ends the sequence is processed
-  bool finished = false;
-  int num_tokens = 0;
-  TimePoint first_token;
-  TimePoint last_token;
-};
-
-struct OutputProcessor::LiveCall {
-  RequestId id = 0;
-  CallSpec spec;
-  std::shared_ptr<CallSink> sink;
-  std::vector<SequenceState> sequences;
-  std::vector<engine::ResultRowOutput> prompt_logprobs;
-  int num_cached_tokens = 0;
-  int num_finished = 0;
-  bool failed = false;  // the sink has its last event; only the engine's last events are awaited
-  CallOutcome outcome = CallOutcome::kStop;
-};
-
 OutputProcessor::OutputProcessor(const OutputProcessorOptions& options, const Tokenizer* tokenizer, Metrics* metrics,
                                  std::function<TimePoint()> now)
     : options_(options), tokenizer_(tokenizer), metrics_(metrics), now_(std::move(now)) {}
@@ -114,12 +87,7 @@ void OutputProcessor::EndLiveCalls(absl::Status status) {
 }
 
 absl::Status OutputProcessor::Register(RequestId id, CallSpec spec, std::shared_ptr<CallSink> sink) {
-  auto call = std::make_shared<LiveCall>();
-  call->id = id;
-  call->spec = std::move(spec);
-  call->sink = std::move(sink);
-  call->sequences.reserve(call->spec.num_sequences);
-  for (int i = 0; i < call->spec.num_sequences; ++i) call->sequences.emplace_back(tokenizer_, call->spec);
+  auto call = std::make_shared<LiveCall>(id, tokenizer_, std::move(spec), std::move(sink));
   std::lock_guard<std::mutex> lock(registry_mutex_);
   // Under the lock: FailAll either sees this call or has set the flag already.
   if (failed_.load()) {
@@ -260,17 +228,6 @@ void OutputProcessor::EmitText(LiveCall& call, SequenceState& sequence, DeltaEve
   if (delta.token.has_value() || !delta.text.empty()) call.sink->OnDelta(std::move(delta));
 }
 
-absl::Status OutputProcessor::DeadlineError(const LiveCall& call) {
-  const bool has_tokens = std::any_of(call.sequences.begin(), call.sequences.end(),
-                                      [](const SequenceState& sequence) { return sequence.num_tokens > 0; });
-  if (call.spec.has_first_token_timeout && !has_tokens) {
-    return ReasonError(absl::StatusCode::kDeadlineExceeded, reason::kFirstTokenTimeout,
-                       "no token could be there before the first token's timeout, or the deadline");
-  }
-  return ReasonError(absl::StatusCode::kDeadlineExceeded, reason::kDeadlineExceeded,
-                     "the deadline passed before the completion was finished");
-}
-
 void OutputProcessor::HandleFinish(const FinishEvent& event) {
   const CallPtr call = Find(event.id);
   if (call == nullptr) return;
@@ -287,52 +244,29 @@ void OutputProcessor::HandleFinish(const FinishEvent& event) {
                            "the model produced logits that are not finite for this request"),
                CallOutcome::kError);
     } else if (event.reason == scheduler::FinishReason::kDeadline && !ended_by_us) {
-      FailCall(*call, DeadlineError(*call), CallOutcome::kDeadline);
+      FailCall(*call, call->DeadlineError(), CallOutcome::kDeadline);
     } else if (event.reason == scheduler::FinishReason::kCancelled && !ended_by_us) {
       FailCall(*call, ReasonError(absl::StatusCode::kCancelled, reason::kCancelled, "the request was cancelled"),
                CallOutcome::kCancelled);
     } else {
-      FinishSequence(*call, sequence, event);
+      if (!sequence.stop_sequence.has_value() && !call->spec.scoring) EmitTail(*call, sequence, event.index);
+      ObserveSequence(event, sequence);
+      call->sink->OnFinished(call->Finish(event));
     }
   }
   if (call->num_finished == call->spec.num_sequences) CloseCall(call);
 }
 
-void OutputProcessor::FinishSequence(LiveCall& call, SequenceState& sequence, const FinishEvent& event) {
-  if (!sequence.stop_sequence.has_value() && !call.spec.scoring) {
-    DeltaEvent tail;
-    tail.index = event.index;
-    StopChecker::Result rest =
-        sequence.stop_checker.Append(sequence.detokenizer.Finish(), sequence.num_tokens >= call.spec.min_tokens);
-    tail.text = std::move(rest.text);
-    sequence.stop_sequence = std::move(rest.stop);
-    if (!sequence.stop_sequence.has_value()) tail.text += sequence.stop_checker.Finish();
-    if (!tail.text.empty()) call.sink->OnDelta(std::move(tail));
-  }
-  FinishedEvent finished;
-  finished.index = event.index;
-  if (sequence.stop_sequence.has_value()) {
-    finished.reason = FinishedEvent::Reason::kStopSequence;
-    finished.stop_sequence = *sequence.stop_sequence;
-  } else if (event.reason == scheduler::FinishReason::kEosToken) {
-    finished.reason = FinishedEvent::Reason::kEosToken;
-  } else if (event.reason == scheduler::FinishReason::kStopToken) {
-    finished.reason = FinishedEvent::Reason::kStopToken;
-  }
-  if (finished.reason == FinishedEvent::Reason::kLength && !call.spec.scoring) call.outcome = CallOutcome::kLength;
-  finished.stop_token = event.stop_token;
-  finished.num_prompt_tokens = event.num_prompt_tokens;
-  finished.num_cached_tokens = event.num_cached_tokens;
-  finished.num_output_tokens = sequence.num_tokens;
-  const bool ran = event.first_scheduled != TimePoint{};
-  if (ran) finished.queue = event.first_scheduled - event.arrival;
-  if (ran && sequence.num_tokens > 0) {
-    finished.prefill = sequence.first_token - event.first_scheduled;
-    finished.time_to_first_token = sequence.first_token - event.arrival;
-    finished.decode = sequence.last_token - sequence.first_token;
-  }
-  ObserveSequence(event, sequence);
-  call.sink->OnFinished(std::move(finished));
+// The text that waited for more: half a character, or what could have become a stop sequence.
+void OutputProcessor::EmitTail(LiveCall& call, SequenceState& sequence, int index) {
+  DeltaEvent tail;
+  tail.index = index;
+  StopChecker::Result rest =
+      sequence.stop_checker.Append(sequence.detokenizer.Finish(), sequence.num_tokens >= call.spec.min_tokens);
+  tail.text = std::move(rest.text);
+  sequence.stop_sequence = std::move(rest.stop);
+  if (!sequence.stop_sequence.has_value()) tail.text += sequence.stop_checker.Finish();
+  if (!tail.text.empty()) call.sink->OnDelta(std::move(tail));
 }
 
 void OutputProcessor::ObserveSequence(const FinishEvent& event, const SequenceState& sequence) {
@@ -352,11 +286,9 @@ void OutputProcessor::ObserveSequence(const FinishEvent& event, const SequenceSt
 // Sends the sink its last event. What was generated so far is told in the details, because it was computed.
 void OutputProcessor::FailCall(LiveCall& call, const absl::Status& status, CallOutcome outcome) {
   absl::Status with_usage = status;
-  int num_tokens = 0;
-  for (const SequenceState& sequence : call.sequences) num_tokens += sequence.num_tokens;
   AddMetadata(with_usage, "prompt_tokens", absl::StrCat(call.spec.num_prompt_tokens));
   AddMetadata(with_usage, "cached_tokens", absl::StrCat(call.num_cached_tokens));
-  AddMetadata(with_usage, "completion_tokens", absl::StrCat(num_tokens));
+  AddMetadata(with_usage, "completion_tokens", absl::StrCat(call.NumGenerated()));
   call.failed = true;
   call.outcome = outcome;
   if (call.num_finished < call.spec.num_sequences) abort_(call.id, -1);
@@ -370,11 +302,7 @@ void OutputProcessor::CloseCall(const CallPtr& call) {
   observations_.outcome_seconds[static_cast<int>(call->outcome)] += seconds;
   observations_.e2e_latency.push_back(seconds);
   observations_.prompt_tokens.push_back(call->spec.num_prompt_tokens);
-  if (call->spec.charge != nullptr) {
-    int64_t num_used = call->spec.num_prompt_tokens;
-    for (const SequenceState& sequence : call->sequences) num_used += sequence.num_tokens;
-    call->spec.charge->Settle(num_used);
-  }
+  if (call->spec.charge != nullptr) call->spec.charge->Settle(call->spec.num_prompt_tokens + call->NumGenerated());
   Remove(call);
   if (!call->failed) completed_.push_back(call->sink);
 }

@@ -21,10 +21,9 @@
 #include "scheduler/engine_core.h"
 #include "scheduler/step_output.h"
 #include "server/call_sink.h"
-#include "server/detokenizer.h"
+#include "server/live_call.h"
 #include "server/metrics.h"
 #include "server/request_builder.h"
-#include "server/stop_checker.h"
 
 namespace minitron::server {
 
@@ -76,8 +75,6 @@ class OutputProcessor : public scheduler::StepSink {
   bool failed() const { return failed_.load(); }
 
  private:
-  struct SequenceState;
-  struct LiveCall;
   using CallPtr = std::shared_ptr<LiveCall>;
 
   void Run();
@@ -86,9 +83,8 @@ class OutputProcessor : public scheduler::StepSink {
   void HandleStarted(const scheduler::PromptDoneEvent& event);
   void HandleToken(scheduler::TokenEvent& event, scheduler::TimePoint time);
   void HandleFinish(const scheduler::FinishEvent& event);
-  static absl::Status DeadlineError(const LiveCall& call);
   void EmitText(LiveCall& call, SequenceState& sequence, DeltaEvent delta, const std::string& text);
-  void FinishSequence(LiveCall& call, SequenceState& sequence, const scheduler::FinishEvent& event);
+  void EmitTail(LiveCall& call, SequenceState& sequence, int index);
   void FailCall(LiveCall& call, const absl::Status& status, CallOutcome outcome);
   void CloseCall(const CallPtr& call);
   void FailAll();

@@ -1,7 +1,7 @@
 # make demo    installs, builds, starts the server with the shipped model and streams a completion
 # make test    installs, builds and runs every check
 # make serve   runs the server until Ctrl-C and prints its ports
-# make bench-scheduling   the scheduler in virtual time, and refusals through gRPC; rewrites their tables
+# make bench-scheduling   the scheduler in virtual time and its cost, streams and refusals through gRPC; rewrites their tables
 # make mutants plants bugs into the scheduler, checks that the simulator finds them, rewrites the table
 # make lint    formatting and static analysis      make format  formats the sources
 # make bench   measures the CPU engine against the limits of this machine (random weights, below build/bench)
@@ -60,10 +60,12 @@ test-tsan: deps-test
 
 bench-scheduling: deps-test
 	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
-	@cmake --build --preset release -j $(JOBS) --target minitron-bench-scheduling minitron-bench-scheduler minitron-server
+	@cmake --build --preset release -j $(JOBS) --target minitron-bench-scheduling minitron-bench-scheduler \
+	  minitron-bench-streaming minitron-bench-refusals minitron-server
 	@tests/bench/update_readme.py scheduling build/release/bin/minitron-bench-scheduling
 	@tests/bench/update_readme.py host build/release/bin/minitron-bench-scheduler
-	@tests/bench/update_readme.py refusals tests/bench/refusal_latency.py
+	@tests/bench/update_readme.py streaming build/release/bin/minitron-bench-streaming
+	@tests/bench/update_readme.py refusals build/release/bin/minitron-bench-refusals
 
 # About ten seconds per bug, most of it compiling.
 mutants: deps-test

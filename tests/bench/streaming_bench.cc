@@ -1,10 +1,11 @@
 // What streaming costs beside the model: our whole server over a runner whose steps cost nothing, against a bare
 // callback server that writes ready-made messages of one token. Same client, same two cores, alternating in one run.
-// Then our server at a model's pace, where there is nothing to put together: one message per token and stream.
+// Then both at a model's pace, where there is nothing to put together: one message per token and stream.
 //
-// Usage: streaming_bench [SECONDS_PER_POINT]     prints a table in Markdown
+// Usage: minitron-bench-streaming [SECONDS_PER_POINT]     prints tables in Markdown
 // The server is a child process of its own, so that the two ends share nothing but the loopback and the processors.
 #include <fcntl.h>
+#include <grpcpp/alarm.h>
 #include <grpcpp/grpcpp.h>
 #include <minitron/v1/generation.grpc.pb.h>
 #include <spawn.h>
@@ -14,6 +15,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <future>
@@ -46,33 +48,42 @@ double CpuSeconds(int who) {
 
 // --- The servers; each prints its port and serves until standard input ends. ---
 
-// Writes the same message of one token as often as the request asks for tokens.
+// Writes the same message of one token as often as the request asks for tokens, one per `pace` where that is not 0.
 class RawCall final : public grpc::ServerWriteReactor<v1::GenerateStreamResponse> {
  public:
-  explicit RawCall(int num_messages) : num_left_(num_messages) {
+  RawCall(int num_messages, std::chrono::milliseconds pace)
+      : num_left_(num_messages), pace_(pace), next_(std::chrono::system_clock::now()) {
     message_.mutable_delta()->set_text(" quick");
     message_.mutable_delta()->add_token_ids(1234);
     StartWrite(&message_);
   }
   void OnWriteDone(bool ok) override {
-    if (ok && --num_left_ > 0) {
-      StartWrite(&message_);
-    } else {
-      Finish(grpc::Status::OK);
-    }
+    if (!ok || --num_left_ == 0) return Finish(grpc::Status::OK);
+    if (pace_.count() == 0) return StartWrite(&message_);
+    next_ += pace_;
+    alarm_.Set(next_, [this](bool) { StartWrite(&message_); });
   }
   void OnDone() override { delete this; }
 
  private:
   int num_left_;
+  const std::chrono::milliseconds pace_;
+  std::chrono::system_clock::time_point next_;
+  grpc::Alarm alarm_;
   v1::GenerateStreamResponse message_;
 };
 
 class RawService final : public v1::GenerationService::CallbackService {
+ public:
+  explicit RawService(std::chrono::milliseconds pace) : pace_(pace) {}
+
+ private:
   grpc::ServerWriteReactor<v1::GenerateStreamResponse>* GenerateStream(
       grpc::CallbackServerContext*, const v1::GenerateStreamRequest* request) override {
-    return new RawCall(static_cast<int>(request->task().stopping().max_tokens()));
+    return new RawCall(static_cast<int>(request->task().stopping().max_tokens()), pace_);
   }
+
+  const std::chrono::milliseconds pace_;
 };
 
 void ServeUntilInputEnds(int port) {
@@ -83,8 +94,8 @@ void ServeUntilInputEnds(int port) {
   }
 }
 
-void ServeRaw() {
-  RawService service;
+void ServeRaw(std::chrono::milliseconds pace) {
+  RawService service(pace);
   grpc::ServerBuilder builder;
   int port = 0;
   builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
@@ -228,46 +239,63 @@ Figures Measure(const char* kind, int num_streams, double seconds) {
   return {tokens / elapsed, cpu / tokens * 1e6, tokens / static_cast<double>(counters->messages.load())};
 }
 
-Figures Median(std::vector<Figures> runs) {
-  std::sort(runs.begin(), runs.end(),
-            [](const Figures& a, const Figures& b) { return a.tokens_per_s < b.tokens_per_s; });
-  return runs[runs.size() / 2];
+struct Pair {
+  Figures raw, ours;
+};
+
+// Medians by tokens/s of `num_runs` alternating measurements.
+Pair Compare(const char* raw_kind, const char* our_kind, int num_streams, double seconds, int num_runs) {
+  std::vector<Figures> raw, ours;
+  for (int run = 0; run < num_runs; ++run) {
+    raw.push_back(Measure(raw_kind, num_streams, seconds));
+    ours.push_back(Measure(our_kind, num_streams, seconds));
+  }
+  const auto median = [](std::vector<Figures>& runs) {
+    std::sort(runs.begin(), runs.end(),
+              [](const Figures& a, const Figures& b) { return a.tokens_per_s < b.tokens_per_s; });
+    return runs[runs.size() / 2];
+  };
+  return {median(raw), median(ours)};
 }
 
-int Main(int argc, char** argv) {
-  const std::string argument = argc > 1 ? argv[1] : "2";
-  if (argument == "--serve=raw") return ServeRaw(), 0;
-  if (argument == "--serve=ours") return ServeOurs(std::chrono::milliseconds(0)), 0;
-  if (argument == "--serve=paced") return ServeOurs(kPace), 0;
-  const double seconds = std::atof(argument.c_str());
+void PrintAsFastAsTheyCan(double seconds) {
   std::printf(
       "| streams | raw tokens/s | ours tokens/s | ours / raw | raw CPU us/token | ours CPU us/token | ours "
       "tokens/message |\n"
       "|---|---|---|---|---|---|---|\n");
   for (const int num_streams : {1, 64, 256, 1000}) {
-    std::vector<Figures> raw;
-    std::vector<Figures> ours;
-    for (int run = 0; run < 3; ++run) {
-      raw.push_back(Measure("raw", num_streams, seconds));
-      ours.push_back(Measure("ours", num_streams, seconds));
-    }
-    const Figures a = Median(raw);
-    const Figures b = Median(ours);
-    std::printf("| %d | %.0f | %.0f | %.0f %% | %.1f | %.1f | %.1f |\n", num_streams, a.tokens_per_s, b.tokens_per_s,
-                100 * b.tokens_per_s / a.tokens_per_s, a.cpu_us_per_token, b.cpu_us_per_token, b.tokens_per_message);
+    const auto [raw, ours] = Compare("raw", "ours", num_streams, seconds, 3);
+    std::printf("| %d | %.0f | %.0f | %.0f %% | %.1f | %.1f | %.1f |\n", num_streams, raw.tokens_per_s,
+                ours.tokens_per_s, 100 * ours.tokens_per_s / raw.tokens_per_s, raw.cpu_us_per_token,
+                ours.cpu_us_per_token, ours.tokens_per_message);
     std::fflush(stdout);
   }
+}
+
+void PrintPaced(double seconds) {
   std::printf(
-      "\n| streams, a step every %d ms | tokens/s | of the pace | CPU us/token | tokens/message "
-      "|\n|---|---|---|---|---|\n",
+      "\n| streams, a token every %d ms each | raw, of the pace | ours, of the pace | raw CPU us/token | ours CPU "
+      "us/token | ours tokens/message |\n|---|---|---|---|---|---|\n",
       static_cast<int>(kPace.count()));
   for (const int num_streams : {64, 256, 1000}) {
-    const Figures paced = Measure("paced", num_streams, std::max(seconds, 0.5));
-    std::printf("| %d | %.0f | %.0f %% | %.1f | %.2f |\n", num_streams, paced.tokens_per_s,
-                100 * paced.tokens_per_s * kPace.count() / 1000 / num_streams, paced.cpu_us_per_token,
-                paced.tokens_per_message);
+    const double pace_percent = 100 * kPace.count() / 1000.0 / num_streams;
+    const auto [raw, ours] = Compare("raw-paced", "ours-paced", num_streams, std::max(seconds, 0.5), 1);
+    std::printf("| %d | %.0f %% | %.0f %% | %.1f | %.1f | %.2f |\n", num_streams, raw.tokens_per_s * pace_percent,
+                ours.tokens_per_s * pace_percent, raw.cpu_us_per_token, ours.cpu_us_per_token, ours.tokens_per_message);
     std::fflush(stdout);
   }
+}
+
+int Main(int argc, char** argv) {
+  const std::string argument = argc > 1 ? argv[1] : "1";
+  if (argument == "--serve=raw") return ServeRaw({}), 0;
+  if (argument == "--serve=raw-paced") return ServeRaw(kPace), 0;
+  if (argument == "--serve=ours") return ServeOurs({}), 0;
+  if (argument == "--serve=ours-paced") return ServeOurs(kPace), 0;
+  const double seconds = std::atof(argument.c_str());
+  CHECK(seconds > 0);
+  PrintAsFastAsTheyCan(seconds);
+  PrintPaced(seconds);
   return 0;
 }
 

@@ -5,6 +5,8 @@
 # make mutants plants bugs into the scheduler, checks that the simulator finds them, rewrites the table
 # make lint    formatting and static analysis      make format  formats the sources
 # make bench   measures the CPU engine against the limits of this machine (random weights, below build/bench)
+# make image   builds the container image (docker, podman or buildah; BASE=debootstrap needs no registry)
+# make soak    the long runs of the abuse and restart tests      make test-image  builds, runs and inspects the image
 # make clean   removes build/
 # make gpu-bundle    build/gpu-bundle: all that tests/gpu/run.sh needs on a machine with a GPU and nothing else
 # make soak-sim HOURS=1   simulates the scheduler for that long, on JOBS cores
@@ -20,12 +22,13 @@ PORT ?= 50051
 METRICS_PORT ?= 9090
 SANITIZED_ROOMS ?= engine|scheduler|simulation|server|clients
 
-.PHONY: help bench bench-scheduling mutants build demo serve test test-release test-asan test-tsan lint format clean soak-sim gpu-bundle deps-build deps-test deps-clients deps-lint
+.PHONY: help bench bench-scheduling mutants build demo serve test test-release test-asan test-tsan lint format clean soak-sim \
+  gpu-bundle image test-image soak deps-build deps-test deps-clients deps-lint deps-image
 
 help:
-	@sed -n '1,13s/^# \{0,1\}//p' Makefile
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
-deps-build deps-test deps-clients deps-lint:
+deps-build deps-test deps-clients deps-lint deps-image:
 	@deploy/install-deps.sh build $(patsubst deps-%,%,$@)
 
 # The two programs of the product, without the tests.
@@ -98,6 +101,18 @@ gpu-bundle: deps-test
 	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON -DMINITRON_CUDA=ON
 	@cmake --build --preset release -j $(JOBS) --target gpu-tests minitron-server minitron
 	@tests/gpu/make_bundle.sh build/release build/gpu-bundle
+
+image:
+	@deploy/image/build.sh cpu
+
+test-image: deps-image
+	@tests/deploy/image_test.sh
+
+# The bounded runs of `make test`, at full length: 100k resets, minutes of floods, 200 rolling restarts. Half an hour.
+soak: deps-test
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
+	@cmake --build --preset release -j $(JOBS) --target minitron-server
+	@for test in transport edge; do SOAK=1 MINITRON_TEST_SERVER=build/release/bin/minitron-server /usr/bin/python3 -W ignore tests/deploy/$${test}_test.py -v || exit 1; done
 
 clean:
 	@rm -rf build

@@ -2,10 +2,11 @@
 # Installs what the project needs from the distribution (Debian 12, Ubuntu 24.04). Idempotent, asks nothing, and does
 # not touch the package manager when everything is there.
 #
-# Usage: deploy/install-deps.sh [build] [test] [clients] [lint] [golden]     (default: build)
+# Usage: deploy/install-deps.sh [build] [test] [clients] [image] [lint] [golden]     (default: build)
 #   build   compilers and libraries for the server and the clients
 #   test    GoogleTest, Google Benchmark, Prometheus and promtool, Python with gRPC and YAML
 #   clients the foreign clients of the integration tests, from PyPI into build/venv
+#   image   buildah and debootstrap, to build the image without a registry
 #   lint    clang-format and clang-tidy
 #   golden  PyTorch, only to make the golden files anew (tests/engine/goldens)
 set -euo pipefail
@@ -18,8 +19,9 @@ build_packages=(
   libgrpc++-dev libgrpc-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
   prometheus-cpp-dev libcurl4-openssl-dev zlib1g-dev libhwy-dev nlohmann-json3-dev libsentencepiece-dev
 )
-test_packages=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf python3-yaml curl binutils)
+test_packages=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf python3-yaml curl binutils haproxy openssl)
 clients_packages=(python3 python3-venv)
+image_packages=(buildah debootstrap crun)
 lint_packages=(clang-format clang-tidy)
 golden_packages=(python3 python3-venv python3-torch)
 
@@ -31,10 +33,11 @@ for group in "${@:-build}"; do
     build) packages+=("${build_packages[@]}") ;;
     test) packages+=("${test_packages[@]}") want_prometheus=yes ;;
     clients) packages+=("${clients_packages[@]}") want_venv=yes ;;
+    image) packages+=("${image_packages[@]}") ;;
     lint) packages+=("${lint_packages[@]}") ;;
     golden) packages+=("${golden_packages[@]}") ;;
     *)
-      echo "install-deps: unknown group '$group' (build, test, clients, lint, golden)" >&2
+      echo "install-deps: unknown group '$group' (build, test, clients, image, lint, golden)" >&2
       exit 2
       ;;
   esac

@@ -1,5 +1,6 @@
 #include "server/grpc_server.h"
 
+#include <google/protobuf/stubs/logging.h>
 #include <grpc/support/log.h>
 #include <grpcpp/ext/channelz_service_plugin.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
@@ -170,10 +171,13 @@ void GrpcServer::Shutdown(std::chrono::milliseconds grace) {
   server_->Wait();
 }
 
-void RouteGrpcLogs() {
+void RouteLibraryLogs() {
   gpr_set_log_function([](gpr_log_func_args* line) {
     base::LogEvent(line->severity == GPR_LOG_SEVERITY_ERROR ? base::LogLevel::kWarning : base::LogLevel::kInfo, "grpc",
                    {{"message", line->message}});
+  });
+  google::protobuf::SetLogHandler([](google::protobuf::LogLevel, const char*, int, const std::string& message) {
+    base::LogEvent(base::LogLevel::kWarning, "protobuf", {{"message", message}});
   });
 }
 

@@ -71,8 +71,8 @@ class GrpcServer {
   int health_port_ = 0;
 };
 
-// Sends what the gRPC library has to say through our log: same format, same rate limit. Call once, first.
-void RouteGrpcLogs();
+// Sends what gRPC and protobuf have to say through our log: same format, same rate limit. Call once, first.
+void RouteLibraryLogs();
 
 // Error: UNAVAILABLE when nobody could listen on this address now. A cheap question before a model is loaded for
 // minutes; the answer may change until Start.

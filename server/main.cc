@@ -183,7 +183,7 @@ int Main(int argc, char** argv) {
                 absl::NotFoundError("no --model given and the one that ships with the server is not there"));
   }
   base::SetLogFormat(options->log_format == "json" ? base::LogFormat::kJson : base::LogFormat::kText);
-  RouteGrpcLogs();
+  RouteLibraryLogs();
   return Run(*options);
 }
 

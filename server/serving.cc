@@ -216,6 +216,9 @@ void Serving::Watch(scheduler::TimePoint now) {
     readiness_.Set(Readiness::Objection::kHung, true);
     grpc_server_->SetAlive(false);
     operator_metrics_.SetAlive(false);
+    // The output thread tells the clients, if it is not what hangs.
+    output_.EndLiveCalls(ReasonError(absl::StatusCode::kUnavailable, reason::kEngineFailure,
+                                     "the engine hangs; this server will restart"));
   }
   if (now - *hung_since_ >= kHangGrace) on_hang_();
 }

@@ -11,7 +11,7 @@ import urllib.request
 import grpc
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SERVER = os.environ.get("MINITRON_TEST_BINARY", str(ROOT / "build/release/bin/minitron-server"))
+SERVER = os.environ.get("MINITRON_TEST_SERVER", str(ROOT / "build/release/bin/minitron-server"))
 
 
 def wait_for(what, condition, timeout=60.0):

@@ -7,6 +7,11 @@ import pathlib
 
 import yaml
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+KUBERNETES = ROOT / "deploy/kubernetes"
+OVERLAYS = sorted(p.name for p in (KUBERNETES / "overlays").iterdir())
+COMPONENTS = sorted(p.name for p in (KUBERNETES / "components").iterdir())
+
 KNOWN = {"apiVersion", "kind", "resources", "components", "patches", "images", "labels", "configMapGenerator"}
 MERGE_KEYS = {"containers": "name", "initContainers": "name", "volumes": "name", "env": "name",
               "volumeMounts": "mountPath", "ports": "containerPort"}
@@ -78,6 +83,14 @@ def apply(folder, documents):
                     container["image"] = f"{image['newName']}:{image['newTag']}"
         for label in config.get("labels", []):
             document["metadata"].setdefault("labels", {}).update(label["pairs"])
+    return documents
+
+
+def with_components(*names):
+    """The cpu overlay with these components."""
+    documents = render(KUBERNETES / "overlays/cpu")
+    for name in names:
+        documents = apply(KUBERNETES / "components" / name, documents)
     return documents
 
 

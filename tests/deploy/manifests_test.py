@@ -12,24 +12,15 @@ import yaml
 
 sys.path.insert(0, os.path.dirname(__file__))
 import kustomize
-from harness import ROOT, SERVER
+from harness import SERVER
+from kustomize import COMPONENTS, KUBERNETES, OVERLAYS, ROOT, with_components
 
-KUBERNETES = ROOT / "deploy/kubernetes"
-OVERLAYS = sorted(p.name for p in (KUBERNETES / "overlays").iterdir())
-COMPONENTS = sorted(p.name for p in (KUBERNETES / "components").iterdir())
 SERVICES = {"liveness", "minitron.v1.GenerationService", "minitron.v1.ModelService"}
 
 
 def flags():
     text = subprocess.run([SERVER, "--help"], capture_output=True, text=True, check=True).stdout
     return dict(re.findall(r"^  --([a-z-]+)=?(\S*)", text, re.M))
-
-
-def with_components(*names):
-    documents = kustomize.render(KUBERNETES / "overlays/cpu")
-    for name in names:
-        documents = kustomize.apply(KUBERNETES / "components" / name, documents)
-    return documents
 
 
 def find(documents, kind, name=None):

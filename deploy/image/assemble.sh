@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Puts the root file system of the image together: programs, the libraries they load, the model that ships, licences, and
+# an SBOM made from the package list. Runs in the build stage of the Dockerfile.
+# Usage: assemble.sh BIN_DIR ROOTFS
+set -euo pipefail
+
+bin=$1 root=$2
+top=$(cd "$(dirname "$0")/../.." && pwd)
+share=$root/usr/share/minitron
+mkdir -p "$root/usr/bin" "$root/etc" "$root/tmp" "$share/models" "$share/licences"
+install -m 755 "$bin/minitron-server" "$bin/minitron" "$root/usr/bin/"
+strip "$root/usr/bin/minitron-server" "$root/usr/bin/minitron"
+cp -r "$top/deploy/models/." "$share/models/"
+cp "$top/LICENSE" "$share/licences/minitron-server"
+printf 'minitron:x:65532:65532:minitron:/:/nonexistent\n' >"$root/etc/passwd"
+printf 'minitron:x:65532:\n' >"$root/etc/group"
+printf 'hosts: files dns\n' >"$root/etc/nsswitch.conf"
+
+# Every library at the place where the loader looks for it, links followed. The driver's libraries come from the host.
+mapfile -t libraries < <(ldd "$bin/minitron-server" "$bin/minitron" | grep -o '/[^ )]*\.so[^ )]*' | sort -u)
+packages=()
+for library in "${libraries[@]}"; do
+  install -D "$(readlink -f "$library")" "$root$library"
+  owner=$(dpkg -S "$(readlink -f "$library")" 2>/dev/null || dpkg -S "$library" || dpkg -S "/usr$library")
+  packages+=("${owner%%: *}")
+done
+mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sed 's/:.*//' | sort -u)
+for package in "${packages[@]}"; do
+  cp "/usr/share/doc/$package/copyright" "$share/licences/$package" 2>/dev/null || :
+done
+
+# SPDX 2.3: one entry per package whose files are in the image.
+revision=$(sha256sum "$root/usr/bin/minitron-server" | cut -d' ' -f1)
+{
+  printf '{"spdxVersion":"SPDX-2.3","dataLicense":"CC0-1.0","SPDXID":"SPDXRef-DOCUMENT","name":"minitron-server",\n'
+  printf '"documentNamespace":"https://spdx.org/spdxdocs/minitron-server-%s",\n' "$revision"
+  printf '"creationInfo":{"created":"%s","creators":["Tool: deploy/image/assemble.sh"]},\n' "$(date -u -d "@${SOURCE_DATE_EPOCH:-$(date +%s)}" +%Y-%m-%dT%H:%M:%SZ)"
+  printf '"packages":[\n{"SPDXID":"SPDXRef-minitron-server","name":"minitron-server","downloadLocation":"NOASSERTION","filesAnalyzed":false,"licenseDeclared":"Apache-2.0","checksums":[{"algorithm":"SHA256","checksumValue":"%s"}]}' "$revision"
+  for package in "${packages[@]}"; do
+    dpkg-query -W -f=',\n{"SPDXID":"SPDXRef-${Package}","name":"${Package}","versionInfo":"${Version}","supplier":"Organization: Debian","downloadLocation":"NOASSERTION","filesAnalyzed":false,"externalRefs":[{"referenceCategory":"PACKAGE-MANAGER","referenceType":"purl","referenceLocator":"pkg:deb/debian/${Package}@${Version}?arch=${Architecture}"}]}' "$package"
+  done
+  printf '],\n"relationships":[{"spdxElementId":"SPDXRef-DOCUMENT","relationshipType":"DESCRIBES","relatedSpdxElement":"SPDXRef-minitron-server"}'
+  for package in "${packages[@]}"; do
+    printf ',\n{"spdxElementId":"SPDXRef-minitron-server","relationshipType":"DYNAMIC_LINK","relatedSpdxElement":"SPDXRef-%s"}' "$package"
+  done
+  printf ']}\n'
+} >"$share/sbom.spdx.json"
+sed -i 's/SPDXRef-\([^"]*\)+/SPDXRef-\1-plus-/g; s/SPDXRef-\([^"]*\)+/SPDXRef-\1-plus-/g' "$share/sbom.spdx.json"
+du -sh "$root" | sed 's/^/image: /'

@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""The shipped proxy configuration in front of real servers: what reaches them, what does not, and rolling restarts."""
+import os
+import pathlib
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+import grpc
+import yaml
+
+sys.path.insert(0, os.path.dirname(__file__))
+from h2raw import (CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PING, PRIORITY, RST_STREAM, SETTINGS,
+                   WINDOW_UPDATE, Connection, call_headers, frame, literal, message)
+from harness import ROOT, Server, ends_complete, field, generate_request, health, stream, wait_for
+
+SOAK = bool(os.environ.get("SOAK"))
+MIB = 1 << 20
+EDGE = ROOT / "deploy/edge"
+GENERATE = "/minitron.v1.GenerationService/GenerateStream"
+HAPROXY = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/sbin:/bin")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Proxy:
+    """haproxy with the shipped file; only addresses, the certificate's place and the number of connections are changed."""
+
+    def __init__(self, *backend_ports, tls=False):
+        self.folder = tempfile.TemporaryDirectory(prefix="minitron_edge_")
+        folder = pathlib.Path(self.folder.name)
+        self.port = free_port()
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                        "-subj", "/CN=edge.example", "-addext", "subjectAltName=DNS:edge.example", "-days", "2",
+                        "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True)
+        (folder / "both.pem").write_bytes((folder / "cert.pem").read_bytes() + (folder / "key.pem").read_bytes())
+        self.certificate = (folder / "cert.pem").read_bytes()
+        text = (EDGE / "haproxy.cfg").read_text()
+        text, binds = re.subn(r"bind :8443 ssl crt \S+ (.*)",
+                              rf"bind 127.0.0.1:{self.port} ssl crt {folder}/both.pem \1" if tls
+                              else f"bind 127.0.0.1:{self.port} proto h2", text)
+        text, servers = re.subn(r"( +server \w+ )127\.0\.0\.1:\d+\n", "", text)
+        assert (binds, servers) == (1, 2), "the file has one bind and two servers"
+        text = text.replace("maxconn 4000", "maxconn 400")  # this machine may not have the descriptors
+        text += "".join(f"    server s{i} 127.0.0.1:{port}\n" for i, port in enumerate(backend_ports))
+        (folder / "haproxy.cfg").write_text(text)
+        self.log = open(folder / "log", "w+")
+        self.process = subprocess.Popen([HAPROXY, "-db", "-f", folder / "haproxy.cfg"], stdout=self.log, stderr=self.log)
+        wait_for("haproxy", self._listens)
+
+    def _listens(self):
+        assert self.process.poll() is None, pathlib.Path(self.log.name).read_text()
+        try:
+            socket.create_connection(("127.0.0.1", self.port)).close()
+            return True
+        except OSError:
+            return False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+        self.folder.cleanup()
+
+
+def code_of(channel, path, request=b"", metadata=()):
+    try:
+        list(channel.unary_stream(path)(request, metadata=metadata, timeout=30))
+        return grpc.StatusCode.OK
+    except grpc.RpcError as error:
+        return error.code()
+
+
+class EdgeTest(unittest.TestCase):
+    def setUp(self):
+        self.server = Server()
+        self.server.__enter__()
+        self.addCleanup(self.server.__exit__)
+        self.proxy = Proxy(self.server.port)
+        self.addCleanup(self.proxy.__exit__)
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.proxy.port}")
+        self.addCleanup(self.channel.close)
+        wait_for("a call through the proxy", lambda: code_of(self.channel, GENERATE, generate_request()) is grpc.StatusCode.OK)
+        self.rss = self.server.rss()
+        self.calls = self.server.metric("minitron_grpc_requests_total", method="GenerateStream")
+
+    def check_server(self, max_growth):
+        growth = self.server.rss() - self.rss
+        self.assertLess(growth, max_growth, f"the server behind grew by {growth / MIB:.1f} MiB")
+        self.assertEqual(health(self.server.address), 1)
+
+    def test_only_the_services_of_users_get_through(self):
+        for path in ("/minitron.v1.AdminService/Drain", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+                     "/grpc.channelz.v1.Channelz/GetServers", "/nobody.Knows/It", "/metrics"):
+            self.assertIn(code_of(self.channel, path), (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNKNOWN), path)
+        self.assertIs(code_of(self.channel, "/minitron.v1.ModelService/ListModels"), grpc.StatusCode.OK)
+        self.assertIs(code_of(self.channel, "/grpc.health.v1.Health/Check"), grpc.StatusCode.OK)
+
+    def test_t2_headers_without_end_stay_outside(self):
+        filler = b"".join(literal(f"x-{i}", "y" * 200) for i in range(60))
+        for acknowledge in (False, True):
+            with self.subTest(acknowledge=acknowledge), Connection(self.proxy.port) as connection:
+                if acknowledge:
+                    connection.send(frame(SETTINGS, 1))
+                connection.send(frame(HEADERS, 0, 1, call_headers(GENERATE)))
+                ended = connection.flood(frame(CONTINUATION, 0, 1, filler[:12000]) * 8, 20, limit=(1 << 30 if SOAK else 1 << 26))
+                self.assertTrue(ended, "the connection is cut")
+        self.check_server(MIB)
+        self.assertEqual(self.server.metric("minitron_grpc_requests_total", method="GenerateStream"), self.calls)
+
+    def test_padded_integers_stay_outside(self):
+        with Connection(self.proxy.port) as connection:
+            cpu = self.server.cpu_seconds()
+            connection.send(frame(HEADERS, 0, 1, b"\x1f" + b"\x80" * 100))
+            connection.flood(frame(CONTINUATION, 0, 1, b"\x80") * 1000, 3, limit=4 << 20)
+            self.assertLess(self.server.cpu_seconds() - cpu, 1)
+        self.check_server(MIB)
+
+    def test_t3_resets_by_the_thousand_are_stopped_by_their_rate(self):
+        body = message(generate_request(max_tokens=500))
+        chunk = b"".join(frame(HEADERS, END_HEADERS, i, call_headers(GENERATE)) + frame(DATA, END_STREAM, i, body) +
+                         frame(RST_STREAM, 0, i, struct.pack(">I", 8)) for i in range(1, 20001, 2))
+        for _ in range(20 if SOAK else 3):
+            with Connection(self.proxy.port) as connection:
+                connection.flood(chunk, 5, limit=len(chunk))
+        wait_for("all to be gone", lambda: self.server.metric("minitron_grpc_streams_active") == 0)
+        started = self.server.metric("minitron_grpc_requests_total", method="GenerateStream") - self.calls
+        self.assertLess(started, 1500, "of 30000 calls")
+        self.check_server(32 * MIB)
+
+    def test_t4_floods_of_small_frames_stay_outside(self):
+        for name, chunk in (("ping", frame(PING, payload=bytes(8)) * 500),
+                            ("settings", frame(SETTINGS, payload=struct.pack(">HI", 4, 65535)) * 500),
+                            ("priority", frame(PRIORITY, 0, 1, struct.pack(">IB", 0, 1)) * 500),
+                            ("window", frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1)) * 500)):
+            with self.subTest(name), Connection(self.proxy.port) as connection:
+                connection.flood(chunk, 10 if SOAK else 0.5)
+                self.check_server(2 * MIB)
+
+    def test_t6_a_broken_binary_header_hurts_nobody(self):
+        call = stream(self.channel, generate_request(max_tokens=300))
+        first = next(call)
+        with Connection(self.proxy.port) as connection:
+            connection.call(1, "/grpc.health.v1.Health/Check", message(b""), [("evil-bin", "!!! no base64 !!!")])
+            self.assertEqual(connection.status(1), 0, "the header is gone, the call is served")
+            connection.call(3, "/grpc.health.v1.Health/Check", message(b""))
+            self.assertEqual(connection.status(3), 0, "and so is the next one")
+        self.assertTrue(ends_complete([first, *call]))
+
+    def test_tls_for_strangers(self):
+        with Proxy(self.server.port, tls=True) as proxy:
+            credentials = grpc.ssl_channel_credentials(proxy.certificate)
+            options = [("grpc.ssl_target_name_override", "edge.example")]
+            with grpc.secure_channel(f"127.0.0.1:{proxy.port}", credentials, options) as channel:
+                wait_for("a call", lambda: code_of(channel, GENERATE, generate_request()) is grpc.StatusCode.OK)
+
+
+class RollingRestartTest(unittest.TestCase):
+    def test_no_stream_is_truncated_and_none_refused(self):
+        ports = [free_port(), free_port()]
+        flags = ("--drain-delay=1.2", "--drain-timeout=20")
+        servers = [Server(f"--port={port}", *flags).__enter__() for port in ports]
+        self.addCleanup(lambda: [s.__exit__() for s in servers])
+        with Proxy(*ports) as proxy:
+            stop = threading.Event()
+            ended, broken = [], []
+
+            def load():
+                with grpc.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
+                    while not stop.is_set():
+                        try:
+                            messages = list(stream(channel, generate_request(max_tokens=400)))
+                            (ended if ends_complete(messages) else broken).append(len(messages))
+                        except grpc.RpcError as error:
+                            broken.append(str(error.code()) + error.details())
+                        stop.wait(0.05)
+
+            with grpc.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
+                wait_for("a call", lambda: code_of(channel, GENERATE, generate_request()) is grpc.StatusCode.OK)
+            threads = [threading.Thread(target=load) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            restarts = 200 if SOAK else 4
+            try:
+                for i in range(restarts):
+                    which = i % 2
+                    self.assertEqual(servers[which].stop(), 0, servers[which].log())
+                    servers[which].__exit__()
+                    servers[which] = Server(f"--port={ports[which]}", *flags).__enter__()
+                    time.sleep(1.2)  # two checks of the proxy: an orchestrator waits for readiness, too
+            finally:
+                stop.set()
+                for thread in threads:
+                    thread.join()
+            self.assertEqual(broken, [])
+            self.assertGreater(len(ended), 3 * restarts)
+
+
+class EnvoyFileTest(unittest.TestCase):
+    def test_it_says_what_the_other_file_says(self):
+        text = (EDGE / "envoy.yaml").read_text()
+        config = yaml.safe_load(text)["static_resources"]
+        haproxy = (EDGE / "haproxy.cfg").read_text()
+        manager = config["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+        paths = [route["match"]["prefix"] for route in manager["route_config"]["virtual_hosts"][0]["routes"]]
+        self.assertEqual(" ".join(paths), re.search(r"unless \{ path_beg (.*) \}", haproxy).group(1))
+        self.assertEqual(manager["request_headers_timeout"], re.search(r"timeout http-request (\S+)", haproxy).group(1))
+        self.assertEqual(str(manager["http2_protocol_options"]["max_concurrent_streams"]),
+                         re.search(r"h2.max-concurrent-streams (\d+)", haproxy).group(1))
+        cluster = config["clusters"][0]
+        self.assertTrue(cluster["connection_pool_per_downstream_connection"])
+        self.assertEqual(cluster["health_checks"][0]["grpc_health_check"]["service_name"], "minitron.v1.GenerationService")
+
+
+if __name__ == "__main__":
+    unittest.main()

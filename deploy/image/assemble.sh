@@ -7,7 +7,7 @@ set -euo pipefail
 bin=$1 root=$2
 top=$(cd "$(dirname "$0")/../.." && pwd)
 share=$root/usr/share/minitron
-mkdir -p "$root/usr/bin" "$root/etc" "$root/tmp" "$share/models" "$share/licences"
+mkdir -p "$root"/{proc,sys,dev,tmp,etc,usr/bin} "$share"/{models,licences}
 install -m 755 "$bin/minitron-server" "$bin/minitron" "$root/usr/bin/"
 strip "$root/usr/bin/minitron-server" "$root/usr/bin/minitron"
 cp -r "$top/deploy/models/." "$share/models/"

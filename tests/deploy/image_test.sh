@@ -13,6 +13,7 @@ container=$(buildah from --pull-never "$image")
 server=
 cleanup() {
   [ -z "$server" ] || kill -KILL "$server" 2>/dev/null || :
+  umount "$root/proc" 2>/dev/null || :
   buildah umount "$container" >/dev/null 2>&1 || :
   buildah rm "$container" >/dev/null 2>&1 || :
 }
@@ -41,6 +42,8 @@ assert set(ids) <= related, set(ids) - related
 print(f"image_test: SBOM names {len(names)} packages for {len(libraries)} libraries")
 PYTHON
 echo "image_test: $(du -sm "$root" | cut -f1) MB unpacked"
+
+mount --bind /proc "$root/proc"  # as every container has it
 
 # It runs, as that user, with a read-only root, and ends with 0.
 port=$(/usr/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')

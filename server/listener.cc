@@ -118,7 +118,7 @@ void Listener::HangUp(std::chrono::milliseconds patience) {
   // gRPC sees the end only when it reads and finds nothing, which a busy client may prevent for a while.
   for (Sweep(); !connections_.empty() && std::chrono::steady_clock::now() < deadline; Sweep()) {
     for (const auto& [fd, connection] : connections_) shutdown(fd, SHUT_RD);
-    std::this_thread::sleep_for(kHangUpPoll);
+    poll(nullptr, 0, static_cast<int>(kHangUpPoll.count()));
   }
 }
 

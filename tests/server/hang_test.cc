@@ -55,7 +55,7 @@ class HangTest : public ::testing::Test {
   std::shared_ptr<grpc::Channel> channel_;
 };
 
-TEST_F(HangTest, HealthFallsAndTheEndIsAskedForWhenAStepNeverReturns) {
+TEST_F(HangTest, HealthFallsClientsAreToldAndTheEndIsAskedForWhenAStepNeverReturns) {
   Start();
   std::promise<void> asked;
   std::atomic<bool> once{false};
@@ -72,8 +72,10 @@ TEST_F(HangTest, HealthFallsAndTheEndIsAskedForWhenAStepNeverReturns) {
   EXPECT_EQ(Health("liveness"), HealthCheckResponse::NOT_SERVING);
   EXPECT_EQ(Health(""), HealthCheckResponse::NOT_SERVING);
   EXPECT_EQ(Health("minitron.v1.GenerationService"), HealthCheckResponse::NOT_SERVING);
+  const grpc::Status told = call.get();
+  EXPECT_EQ(told.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_EQ(told.error_message(), "the engine hangs; this server will restart");
   runner_.Release();
-  call.get();
 }
 
 using HangDeathTest = HangTest;
@@ -85,6 +87,7 @@ TEST_F(HangDeathTest, TheProcessEndsWithACodeOfItsOwn) {
         Start();
         runner_.Hold();
         Generate();
+        std::promise<void>().get_future().wait();
       },
       ::testing::ExitedWithCode(kExitHang), "engine hung");
 }

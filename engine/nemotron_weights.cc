@@ -103,4 +103,21 @@ absl::StatusOr<NemotronWeights> MapNemotronWeights(const Checkpoint& checkpoint,
   return Mapper(checkpoint, config).Map();
 }
 
+ModelInfo DescribeModel(const NemotronConfig& config, const NemotronWeights& weights, int max_context_tokens) {
+  ModelInfo info;
+  info.architecture = "nemotron";
+  info.num_parameters = weights.num_parameters;
+  info.vocab_size = config.vocab_size;
+  info.hidden_size = config.hidden_size;
+  info.num_layers = config.num_layers;
+  info.num_attention_heads = config.num_attention_heads;
+  info.num_key_value_heads = config.num_key_value_heads;
+  info.head_dim = config.head_dim;
+  info.intermediate_size = config.intermediate_size;
+  info.max_context_tokens = max_context_tokens;
+  info.bos_token_id = config.bos_token_id;
+  info.eos_token_ids = config.eos_token_ids;
+  return info;
+}
+
 }  // namespace minitron::engine

@@ -7,6 +7,7 @@
 #include "absl/status/statusor.h"
 #include "engine/checkpoint/checkpoint.h"
 #include "engine/model_config.h"
+#include "engine/model_runner.h"
 #include "engine/tensor.h"
 
 namespace minitron::engine {
@@ -34,5 +35,9 @@ struct NemotronWeights {
 // Finds all tensors. Errors: INVALID_ARGUMENT for a missing, extra or misshapen tensor (name, shape, shape expected);
 // rotary inv_freq buffers are tolerated.
 absl::StatusOr<NemotronWeights> MapNemotronWeights(const Checkpoint& checkpoint, const NemotronConfig& config);
+
+// What a runner says of a model by its config and weights. The backend fills in its own: `backend`, `weight_type`,
+// `weight_bytes` and `kv_bytes_per_token`.
+ModelInfo DescribeModel(const NemotronConfig& config, const NemotronWeights& weights, int max_context_tokens);
 
 }  // namespace minitron::engine

@@ -16,23 +16,11 @@ std::unique_ptr<ModelRunner> CreateCpuModelRunner(const NemotronConfig& config, 
                                                   int num_threads) {
   CHECK(num_threads >= 1);
   CHECK(limits.block_size >= 8 && limits.num_kv_blocks >= 1);
-  ModelInfo info;
-  info.architecture = "nemotron";
+  ModelInfo info = DescribeModel(config, weights, limits.max_context_tokens);
   info.backend = "cpu";
   info.weight_type = DTypeName(weights.matrix_dtype);
-  info.num_parameters = weights.num_parameters;
   info.weight_bytes = weights.num_bytes;
   info.kv_bytes_per_token = KvBytesPerToken(config, limits.kv_cache_type);
-  info.vocab_size = config.vocab_size;
-  info.hidden_size = config.hidden_size;
-  info.num_layers = config.num_layers;
-  info.num_attention_heads = config.num_attention_heads;
-  info.num_key_value_heads = config.num_key_value_heads;
-  info.head_dim = config.head_dim;
-  info.intermediate_size = config.intermediate_size;
-  info.max_context_tokens = limits.max_context_tokens;
-  info.bos_token_id = config.bos_token_id;
-  info.eos_token_ids = config.eos_token_ids;
   return std::make_unique<ModelRunnerImpl<CpuOps>>(std::make_unique<CpuOps>(config, limits, num_threads), config,
                                                    weights, std::move(weights_owner), std::move(info), limits);
 }

@@ -20,23 +20,11 @@ constexpr int64_t kReserveBytes = int64_t{1} << 30;
 
 ModelInfo Describe(const NemotronConfig& config, const NemotronWeights& weights, int64_t weight_bytes,
                    const RunnerLimits& limits) {
-  ModelInfo info;
-  info.architecture = "nemotron";
+  ModelInfo info = DescribeModel(config, weights, limits.max_context_tokens);
   info.backend = "cuda";
   info.weight_type = DTypeName(DType::kBf16);
-  info.num_parameters = weights.num_parameters;
   info.weight_bytes = weight_bytes;
   info.kv_bytes_per_token = KvBytesPerToken(config);
-  info.vocab_size = config.vocab_size;
-  info.hidden_size = config.hidden_size;
-  info.num_layers = config.num_layers;
-  info.num_attention_heads = config.num_attention_heads;
-  info.num_key_value_heads = config.num_key_value_heads;
-  info.head_dim = config.head_dim;
-  info.intermediate_size = config.intermediate_size;
-  info.max_context_tokens = limits.max_context_tokens;
-  info.bos_token_id = config.bos_token_id;
-  info.eos_token_ids = config.eos_token_ids;
   return info;
 }
 

@@ -9,6 +9,7 @@
 #include "engine/base/check.h"
 #include "server/grpc_status.h"
 #include "server/limits.h"
+#include "tests/server/float_fields.h"
 
 namespace minitron::server {
 namespace {
@@ -50,20 +51,7 @@ class RequestBuilderTest : public ::testing::Test {
 };
 
 TEST_F(RequestBuilderTest, EveryFloatIsCheckedAtBothEndsAndForNan) {
-  struct Case {
-    FloatLimit limit;
-    std::function<void(v1::SamplingConfig&, float)> set;
-  };
-  const std::vector<Case> cases = {
-      {limits::kTemperature, [](auto& c, float v) { c.set_temperature(v); }},
-      {limits::kTopP, [](auto& c, float v) { c.set_top_p(v); }},
-      {limits::kMinP, [](auto& c, float v) { c.set_min_p(v); }},
-      {limits::kRepetitionPenalty, [](auto& c, float v) { c.set_repetition_penalty(v); }},
-      {limits::kPresencePenalty, [](auto& c, float v) { c.set_presence_penalty(v); }},
-      {limits::kFrequencyPenalty, [](auto& c, float v) { c.set_frequency_penalty(v); }},
-      {limits::kLogitBias, [](auto& c, float v) { (*c.mutable_logit_bias())[7] = v; }},
-  };
-  for (const Case& c : cases) {
+  for (const FloatField& c : kFloatFields) {
     const auto min = static_cast<float>(c.limit.min), max = static_cast<float>(c.limit.max);
     const auto with = [&](float value) {
       task_.clear_sampling();

@@ -9,6 +9,7 @@
 
 #include "server/grpc_status.h"
 #include "server/limits.h"
+#include "tests/server/float_fields.h"
 #include "tests/server/serving_harness.h"
 #include "tests/server/wire.h"
 
@@ -87,19 +88,7 @@ std::string Text(float value) {
 }
 
 TEST_F(WireFieldsTest, Floats) {
-  const struct {
-    FloatLimit limit;
-    std::function<void(v1::SamplingConfig&, float)> set;
-  } kFields[] = {
-      {limits::kTemperature, [](auto& c, float v) { c.set_temperature(v); }},
-      {limits::kTopP, [](auto& c, float v) { c.set_top_p(v); }},
-      {limits::kMinP, [](auto& c, float v) { c.set_min_p(v); }},
-      {limits::kRepetitionPenalty, [](auto& c, float v) { c.set_repetition_penalty(v); }},
-      {limits::kPresencePenalty, [](auto& c, float v) { c.set_presence_penalty(v); }},
-      {limits::kFrequencyPenalty, [](auto& c, float v) { c.set_frequency_penalty(v); }},
-      {limits::kLogitBias, [](auto& c, float v) { (*c.mutable_logit_bias())[7] = v; }},
-  };
-  for (const auto& field : kFields) {
+  for (const FloatField& field : kFloatFields) {
     const auto call = [&](float value) {
       v1::GenerationTask task = PlainTask();
       field.set(*task.mutable_sampling(), value);

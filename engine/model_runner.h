@@ -23,7 +23,9 @@ struct EngineOptions {
   Backend backend = Backend::kAuto;
   int num_threads = 0;                             // CPU backend; 0 means one per physical core
   Quantization quantization = Quantization::kOff;  // CPU backend
-  std::string cache_dir;  // CPU backend: folder of packed weights; empty: beside the model when they are large
+  // Folder of what is worked out once: packed weights (CPU; empty: beside the model when they are large), the products'
+  // timed choices (CUDA; empty: beside the model).
+  std::string cache_dir;
   KvCacheType kv_cache_type = KvCacheType::kBf16;  // CPU backend
   int block_size = 16;                             // tokens per KV block, a power of two in [8, 256]
   int64_t kv_cache_bytes = 0;  // 0: sized from free memory, at most what max_num_sequences full contexts need

@@ -160,7 +160,8 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
                               .max_num_sequences = options.max_num_sequences,
                               .max_num_tokens = options.max_num_tokens,
                               .max_context_tokens = max_context};
-    return cuda::CreateCudaBackend(config, source, limits, options.kv_cache_bytes);
+    const std::string& folder = options.cache_dir.empty() ? options.model_dir : options.cache_dir;
+    return cuda::CreateCudaBackend(config, source, limits, options.kv_cache_bytes, folder + "/minitron-cublaslt.txt");
   }
 #endif
   ASSIGN_OR_RETURN(const int num_blocks,

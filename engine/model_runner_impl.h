@@ -31,6 +31,12 @@ struct RunnerLimits {
 inline constexpr int64_t kLogitsBytes = 64 << 20;
 inline constexpr int64_t kMinLogitsRows = 16;  // below this the head's matmul reuses its weights too little
 
+// Result rows whose logits are made, and sampled from, at a time.
+inline int64_t LogitsRows(const NemotronConfig& config, const RunnerLimits& limits) {
+  return std::min<int64_t>(limits.max_num_tokens,
+                           std::max<int64_t>(kMinLogitsRows, kLogitsBytes / (int64_t{4} * config.vocab_size)));
+}
+
 // Engine thread only. `weights` are where `ops` can read them; `weights_owner` keeps them alive.
 template <OpSet Ops>
 class ModelRunnerImpl final : public ModelRunner {
@@ -45,9 +51,7 @@ class ModelRunnerImpl final : public ModelRunner {
         weights_(std::move(weights)),
         info_(std::move(info)),
         limits_(limits),
-        logits_rows_(
-            std::min<int64_t>(limits.max_num_tokens,
-                              std::max<int64_t>(kMinLogitsRows, kLogitsBytes / (int64_t{4} * config_.vocab_size)))),
+        logits_rows_(LogitsRows(config_, limits)),
         buffers_(*ops_, config_, limits.max_num_tokens),
         gathered_(ops_->Allocate(logits_rows_ * config_.hidden_size)),
         logits_(ops_->AllocateFloats(logits_rows_ * config_.vocab_size)) {
@@ -73,6 +77,7 @@ class ModelRunnerImpl final : public ModelRunner {
 
   void Recycle(StepResult&& result) override { recycled_ = std::move(result); }
 
+  bool submits_asynchronously() const override { return Ops::kAsynchronous; }
   const ModelInfo& model_info() const override { return info_; }
   int num_kv_blocks() const override { return limits_.num_kv_blocks; }
   int block_size() const override { return limits_.block_size; }
@@ -83,6 +88,9 @@ class ModelRunnerImpl final : public ModelRunner {
   static constexpr int kMaxOutstanding = 2;
 
   void RecordSteps() {
+    // The head is not recorded, but what its product settles on first use should be settled before the first request.
+    const MatrixView<const Element> rows{gathered_.data(), logits_rows_, config_.hidden_size};
+    ops_->MatMul(rows, weights_.lm_head, MatrixView<float>{logits_.data(), logits_rows_, config_.vocab_size});
     for (const BatchView& view : ops_->StepsToRecord()) {
       ops_->PrepareStep(view);
       Forward(*ops_, config_, weights_, view, buffers_);

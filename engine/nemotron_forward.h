@@ -23,6 +23,12 @@ struct ForwardBuffers {
         attended(ops.Allocate(max_num_tokens * config.query_width())),
         inner(ops.Allocate(max_num_tokens * config.intermediate_size)) {}
 
+  // Elements of all buffers together.
+  static int64_t NumElements(const NemotronConfig& config, int64_t max_num_tokens) {
+    return max_num_tokens * (2 * config.hidden_size + 2 * config.query_width() + 2 * config.key_value_width() +
+                             config.intermediate_size);
+  }
+
   typename Ops::Buffer residual, normed;  // [T, hidden]
   typename Ops::Buffer queries;           // [T, query_width]
   typename Ops::Buffer keys, values;      // [T, key_value_width]

@@ -41,6 +41,9 @@ concept OpSet = requires(Ops ops, const Batch& batch, const BatchView& view, Wei
                          int64_t count, MatrixView<typename Ops::Element> out,
                          MatrixView<const typename Ops::Element> in, MatrixView<float> logits, const int32_t* rows,
                          absl::Span<const ResultRow> result_rows, int first_row, absl::Span<ResultRowOutput> outputs) {
+  // Whether ops only enqueue, so that a step can be submitted while the one before still runs.
+  { Ops::kAsynchronous } -> std::convertible_to<bool>;
+
   // Memory for `count` activations, once at start-up.
   { ops.Allocate(count) } -> std::same_as<typename Ops::Buffer>;
   { ops.AllocateFloats(count) } -> std::same_as<typename Ops::FloatBuffer>;

@@ -10,17 +10,22 @@ namespace minitron::engine {
 
 using TokenId = int32_t;
 
+// What a backend reserves memory for; server/ refuses requests with more.
+inline constexpr int kMaxLogitBiases = 1024;  // per request
+inline constexpr int kMaxStopTokens = 64;     // per request; banned, like the model's own end tokens, before min_tokens
+
 // Order of work: banned tokens, penalties, logit bias, temperature, top-k, top-p, min-p, draw.
 struct SamplingParams {
-  float temperature = 1.0f;                                // [0, 2]; 0 is greedy, ties to the lowest id
-  int32_t top_k = 0;                                       // [0, vocab]; 0 keeps all
-  float top_p = 1.0f;                                      // (0, 1]
-  float min_p = 0.0f;                                      // [0, 1]; fraction of the most likely token's probability
-  float repetition_penalty = 1.0f;                         // [0.01, 10]; tokens of prompt and output
-  float presence_penalty = 0.0f;                           // [-2, 2]; tokens of the output
-  float frequency_penalty = 0.0f;                          // [-2, 2]; times the count in the output
-  std::vector<std::pair<TokenId, float>> logit_bias = {};  // ids unique, in [0, vocab); values in [-100, 100]
-  uint64_t seed = 0;                                       // with the output position the only source of randomness
+  float temperature = 1.0f;         // [0, 2]; 0 is greedy, ties to the lowest id
+  int32_t top_k = 0;                // [0, vocab]; 0 keeps all
+  float top_p = 1.0f;               // (0, 1]
+  float min_p = 0.0f;               // [0, 1]; fraction of the most likely token's probability
+  float repetition_penalty = 1.0f;  // [0.01, 10]; tokens of prompt and output
+  float presence_penalty = 0.0f;    // [-2, 2]; tokens of the output
+  float frequency_penalty = 0.0f;   // [-2, 2]; times the count in the output
+  std::vector<std::pair<TokenId, float>> logit_bias =
+      {};             // at most kMaxLogitBiases; ids unique, in [0, vocab); values in [-100, 100]
+  uint64_t seed = 0;  // with the output position the only source of randomness
 
   // Whether the runner has to keep the tokens of prompt and output for this sequence.
   bool NeedsHistory() const {

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "engine/sampling_params.h"
+
 namespace minitron::server {
 
 // A real-valued field, finite and inside [min, max] (or (min, max] with min_exclusive).
@@ -32,8 +34,8 @@ inline constexpr FloatLimit kFrequencyPenalty{"sampling.frequency_penalty", -2, 
 inline constexpr FloatLimit kLogitBias{"sampling.logit_bias", -100, 100};
 
 inline constexpr IntLimit kNumSequences{"sampling.num_sequences", 0, 16};  // 0 means 1
-inline constexpr IntLimit kLogitBiasEntries{"sampling.logit_bias", 0, 1024};
-inline constexpr IntLimit kStopTokenIds{"stopping.stop_token_ids", 0, 64};
+inline constexpr IntLimit kLogitBiasEntries{"sampling.logit_bias", 0, engine::kMaxLogitBiases};
+inline constexpr IntLimit kStopTokenIds{"stopping.stop_token_ids", 0, engine::kMaxStopTokens};
 inline constexpr IntLimit kStopSequences{"stopping.stop_sequences", 0, 16};
 inline constexpr IntLimit kStopSequenceBytes{"stopping.stop_sequences", 1, 256};
 inline constexpr IntLimit kLogprobs{"output.logprobs", 0, 20};

@@ -23,7 +23,7 @@ set(only_json_may "^nlohmann/")
 set(only_spm_may "^sentencepiece")
 
 # Files that may start threads.
-set(thread_files "^(engine/cpu/thread_pool\\.(h|cc)|scheduler/engine_core\\.(h|cc)|server/output_processor\\.(h|cc)|server/lifecycle\\.(h|cc)|server/audit_log\\.(h|cc)|server/listener\\.(h|cc)|server/periodic_thread\\.h|server/main\\.cc|clients/.*)$")
+set(thread_files "^(engine/cpu/thread_pool\\.(h|cc)|engine/cuda/device_weights\\.cc|scheduler/engine_core\\.(h|cc)|server/output_processor\\.(h|cc)|server/lifecycle\\.(h|cc)|server/audit_log\\.(h|cc)|server/listener\\.(h|cc)|server/periodic_thread\\.h|server/main\\.cc|clients/.*)$")
 
 function(check_includes file room text)
   string(REGEX MATCHALL "#include [<\"][^>\"]+[>\"]" includes "${text}")

@@ -21,6 +21,7 @@ namespace minitron::engine::cpu {
 // Engine thread only. Every op has finished when it returns. Owns the KV cache, the workers and the token histories.
 class CpuOps {
  public:
+  static constexpr bool kAsynchronous = false;
   using Element = float;
   using Buffer = AlignedBuffer<float>;
   using FloatBuffer = AlignedBuffer<float>;

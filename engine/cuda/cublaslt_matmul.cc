@@ -2,9 +2,11 @@
 
 #include <cublasLt.h>
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <limits>
@@ -23,7 +25,8 @@ namespace {
 
 constexpr int64_t kWorkspaceBytes = 32 << 20;  // what NVIDIA advises for Hopper; the default preference is none
 constexpr int kMaxCandidates = 16;
-constexpr int kInvariantRows = 64;  // the rows a batch-invariant choice is timed at: a full decode step
+constexpr int kInvariantRows =
+    64;  // the rows a batch-invariant choice is timed at, if there are as many: a full decode step
 constexpr int kTimedRuns = 10;
 constexpr const char* kLibraryName = "libcublasLt.so." CUBLASLT_MAJOR;
 
@@ -155,14 +158,31 @@ class CublasLtMatMul final : public MatMul {
   }
 
   absl::Status RunAs(const Shape& shape, const Bf16* x, const Bf16* w, void* out, cudaStream_t stream) {
+    const Problem problem(library_, shape);
+    RETURN_IF_ERROR(problem.status());
     auto found = choices_.find(KeyOf(shape));
+    if (found != choices_.end() && !found->second.checked) {
+      if (IsUsable(problem, found->second.algorithm)) {
+        found->second.checked = true;
+      } else {
+        base::LogWarning(absl::StrCat(options_.tuning_file, ": a choice does not suit this library; made anew"));
+        choices_.erase(found);
+        found = choices_.end();
+      }
+    }
     if (found == choices_.end()) {
       RETURN_IF_ERROR(Choose(shape, x, w, out, stream));
       found = choices_.find(KeyOf(shape));
     }
-    const Problem problem(library_, shape);
-    RETURN_IF_ERROR(problem.status());
-    return Enqueue(problem, found->second, x, w, out, stream);
+    return Enqueue(problem, found->second.algorithm, x, w, out, stream);
+  }
+
+  // Whether the library takes an algorithm, which may come from a file, for a problem.
+  bool IsUsable(const Problem& problem, const cublasLtMatmulAlgo_t& algorithm) const {
+    cublasLtMatmulHeuristicResult_t result = {};
+    return library_.check(handle_, problem.desc, problem.w, problem.x, problem.out, problem.out, &algorithm, &result) ==
+               CUBLAS_STATUS_SUCCESS &&
+           result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= static_cast<size_t>(kWorkspaceBytes);
   }
 
   absl::Status Enqueue(const Problem& problem, const cublasLtMatmulAlgo_t& algorithm, const Bf16* x, const Bf16* w,
@@ -209,20 +229,19 @@ class CublasLtMatMul final : public MatMul {
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
     RETURN_IF_ERROR(ToStatus(cudaStreamIsCapturing(stream, &capturing), "capture status"));
     Shape asked = shape;
-    if (options_.batch_invariant) asked.rows = kInvariantRows;
+    if (options_.batch_invariant) asked.rows = std::min(asked.rows, kInvariantRows);
     const Problem problem(library_, asked);
     RETURN_IF_ERROR(problem.status());
     ASSIGN_OR_RETURN(const std::vector<cublasLtMatmulAlgo_t> candidates, Candidates(problem));
     size_t best = 0;
-    // The operands have shape.rows rows; timing more would read past them.
-    if (capturing == cudaStreamCaptureStatusNone && asked.rows <= shape.rows) {
+    if (capturing == cudaStreamCaptureStatusNone) {
       float best_ms = std::numeric_limits<float>::infinity();
       for (size_t i = 0; i < candidates.size(); ++i) {
         ASSIGN_OR_RETURN(const float ms, Time(problem, candidates[i], x, w, out, stream));
         if (ms < best_ms) best_ms = ms, best = i;
       }
     }
-    choices_[KeyOf(shape)] = candidates[best];
+    choices_[KeyOf(shape)] = {candidates[best], true};
     SaveChoices();
     return absl::OkStatus();
   }
@@ -255,27 +274,38 @@ class CublasLtMatMul final : public MatMul {
       cublasLtMatmulAlgo_t algorithm = {};
       words >> fingerprint >> rows >> outs >> depth >> type;
       for (auto& word : algorithm.data) words >> word;
-      if (words && fingerprint == fingerprint_) choices_[{rows, outs, depth, type}] = algorithm;
+      if (words && fingerprint == fingerprint_) choices_[{rows, outs, depth, type}] = {algorithm, false};
     }
   }
+  // A reader sees the old file or the new one.
   void SaveChoices() const {
     if (options_.tuning_file.empty()) return;
-    std::ofstream file(options_.tuning_file, std::ios::trunc);
-    for (const auto& [key, algorithm] : choices_) {
+    const std::string temporary = absl::StrCat(options_.tuning_file, ".", getpid());
+    std::ofstream file(temporary, std::ios::trunc);
+    for (const auto& [key, choice] : choices_) {
       file << fingerprint_ << ' ' << std::get<0>(key) << ' ' << std::get<1>(key) << ' ' << std::get<2>(key) << ' '
            << std::get<3>(key);
-      for (const auto word : algorithm.data) file << ' ' << word;
+      for (const auto word : choice.algorithm.data) file << ' ' << word;
       file << '\n';
     }
-    if (!file) base::LogWarning(absl::StrCat("cannot write ", options_.tuning_file));
+    file.close();
+    if (!file || std::rename(temporary.c_str(), options_.tuning_file.c_str()) != 0) {
+      std::remove(temporary.c_str());
+      base::LogWarning(absl::StrCat("cannot write ", options_.tuning_file,
+                                    ": products are timed at each start, and the next may choose others"));
+    }
   }
 
+  struct Choice {
+    cublasLtMatmulAlgo_t algorithm;
+    bool checked;  // by this library, with this shape
+  };
   const Library library_;
   const CublasLtOptions options_;
   cublasLtHandle_t handle_ = nullptr;
   DeviceBuffer<unsigned char> workspace_;
   std::string fingerprint_;
-  std::map<Key, cublasLtMatmulAlgo_t> choices_;
+  std::map<Key, Choice> choices_;
 };
 
 }  // namespace

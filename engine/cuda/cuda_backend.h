@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -17,9 +18,10 @@ namespace minitron::engine::cuda {
 absl::Status ProbeDevice();
 
 // The runner over cublasLt on device 0. `weights` are copied and may go afterwards. kv_cache_bytes 0: sized from the
-// memory left. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, FAILED_PRECONDITION, INTERNAL; see cuda_model_runner.h.
+// memory left. tuning_file: as CublasLtOptions. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, FAILED_PRECONDITION,
+// INTERNAL; see cuda_model_runner.h.
 absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaBackend(const NemotronConfig& config,
                                                                const NemotronWeights& weights, RunnerLimits limits,
-                                                               int64_t kv_cache_bytes);
+                                                               int64_t kv_cache_bytes, const std::string& tuning_file);
 
 }  // namespace minitron::engine::cuda

@@ -13,19 +13,15 @@ namespace {
 
 // Attention blocks resident per processor, times a few so that a late one finds work; more only wait.
 constexpr int kBlocksPerProcessor = 12;
-// Result rows the sampler works on at a time; as many as logits are made at a time (model_runner_impl.h).
-int SampleRows(const NemotronConfig& config, const RunnerLimits& limits) {
-  return static_cast<int>(std::min<int64_t>(
-      limits.max_num_tokens, std::max<int64_t>(kMinLogitsRows, kLogitsBytes / (int64_t{4} * config.vocab_size))));
-}
-constexpr int64_t kSampleArrayBytes = 256 << 10;  // grows for steps with thousands of biases or long histories
 
 absl::Status CheckShape(const char* name, int64_t value, bool good, const char* limit) {
   if (good) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("the cuda backend has no kernel for ", name, " ", value, ": ", limit));
 }
 
-absl::Status CheckShapes(const NemotronConfig& config, const RunnerLimits& limits) {
+}  // namespace
+
+absl::Status CudaOps::CheckShapes(const NemotronConfig& config, const RunnerLimits& limits) {
   const auto multiple_of_8 = [](int64_t value) { return value % 8 == 0; };
   RETURN_IF_ERROR(
       CheckShape("head_dim", config.head_dim, config.head_dim == 64 || config.head_dim == 128, "64 or 128"));
@@ -43,8 +39,6 @@ absl::Status CheckShapes(const NemotronConfig& config, const RunnerLimits& limit
   return CheckShape("block_size", limits.block_size, (limits.block_size & (limits.block_size - 1)) == 0,
                     "a power of two");
 }
-
-}  // namespace
 
 absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Create(const NemotronConfig& config, const RunnerLimits& limits,
                                                          std::unique_ptr<cuda::MatMul> matmul, int num_processors) {
@@ -73,13 +67,6 @@ absl::Status CudaOps::AllocateInto(DeviceBuffer<T>& buffer, int64_t count, const
                         absl::StrCat(allocated.status().message(), " for ", num_bytes, " bytes of ", name));
   }
   buffer = *std::move(allocated);
-  for (MemoryUse& use : memory_use_) {
-    if (std::strcmp(use.name, name) == 0) {
-      use.num_bytes += num_bytes;
-      return absl::OkStatus();
-    }
-  }
-  memory_use_.push_back({name, num_bytes});
   return absl::OkStatus();
 }
 
@@ -91,18 +78,25 @@ DeviceBuffer<T> CudaOps::AllocateOrFail(int64_t count, const char* name) {
 }
 template DeviceBuffer<Bf16> CudaOps::AllocateOrFail<Bf16>(int64_t, const char*);
 template DeviceBuffer<float> CudaOps::AllocateOrFail<float>(int64_t, const char*);
-template DeviceBuffer<unsigned char> CudaOps::AllocateOrFail<unsigned char>(int64_t, const char*);
 
-absl::Status CudaOps::AllocateAll() {
-  ASSIGN_OR_RETURN(stream_, CreateStream());
+// A step samples one row per sequence and refills at most one history per sequence.
+SampleLayout CudaOps::LargestSampleLayout() const {
+  const int64_t sequences = limits_.max_num_sequences;
+  const int64_t edits = kMaxLogitBiases + kMaxStopTokens + static_cast<int64_t>(config_.eos_token_ids.size());
+  return SampleLayout(MaxResults(), sequences * edits, sequences * limits_.max_context_tokens);
+}
+
+template <typename Visit>
+absl::Status CudaOps::VisitBuffers(const Visit& visit) {
   const int64_t cache =
       int64_t{config_.num_layers} * (limits_.num_kv_blocks + 1) * limits_.block_size * config_.key_value_width();
-  RETURN_IF_ERROR(AllocateInto(keys_, cache, "kv cache"));
-  RETURN_IF_ERROR(AllocateInto(values_, cache, "kv cache"));
-  RETURN_IF_ERROR(UploadRopeTables());
+  RETURN_IF_ERROR(visit(keys_, cache, "KV cache"));
+  RETURN_IF_ERROR(visit(values_, cache, "KV cache"));
+  RETURN_IF_ERROR(visit(cosines_, RotaryTableSize(), "rotary tables"));
+  RETURN_IF_ERROR(visit(sines_, RotaryTableSize(), "rotary tables"));
   const int64_t max_items = int64_t{limits_.max_num_sequences} * MaxChunks();
   const int64_t partial = PartialFloats(config_.num_key_value_heads, config_.head_dim);
-  RETURN_IF_ERROR(AllocateInto(partials_, max_items * partial, "attention partials"));
+  RETURN_IF_ERROR(visit(partials_, max_items * partial, "attention partials"));
   const int blocks_per_sequence = (limits_.max_context_tokens + limits_.block_size - 1) / limits_.block_size;
   const ForwardCounts most{.rows = limits_.max_num_tokens,
                            .sequences = limits_.max_num_sequences,
@@ -110,20 +104,38 @@ absl::Status CudaOps::AllocateAll() {
                            .merge_rows = limits_.max_num_sequences,
                            .tiles = limits_.max_num_tokens,
                            .block_ids = limits_.max_num_sequences * (blocks_per_sequence + 1)};
-  RETURN_IF_ERROR(AllocateInto(forward_arrays_, ForwardLayout(most).end, "step arrays"));
-  RETURN_IF_ERROR(AllocateInto(sample_arrays_, kSampleArrayBytes, "step arrays"));
-  const int64_t rows = max_sample_rows_ = SampleRows(config_, limits_);
+  RETURN_IF_ERROR(visit(forward_arrays_, ForwardLayout(most).end, "step arrays"));
+  RETURN_IF_ERROR(visit(sample_arrays_, LargestSampleLayout().end, "step arrays"));
+  const int64_t rows = LogitsRows(config_, limits_);
   const int64_t vocab = config_.vocab_size, tiles = NumSampleTiles(config_.vocab_size);
-  RETURN_IF_ERROR(AllocateInto(states_, rows * SampleStateBytes(), "sampler"));
-  RETURN_IF_ERROR(AllocateInto(edited_, rows * vocab, "sampler"));
-  RETURN_IF_ERROR(AllocateInto(bin_masses_, rows * kRadixBins, "sampler"));
-  RETURN_IF_ERROR(AllocateInto(bin_counts_, rows * kRadixBins, "sampler"));
-  RETURN_IF_ERROR(AllocateInto(tile_masses_, rows * tiles, "sampler"));
-  RETURN_IF_ERROR(AllocateInto(tile_tops_, rows * tiles * kMaxTopLogprobs, "sampler"));
-  RETURN_IF_ERROR(AllocateInto(history_, int64_t{2} * limits_.max_num_sequences * vocab, "token histories"));
-  RETURN_IF_ERROR(AllocateInto(result_tokens_, MaxResults(), "results"));
-  RETURN_IF_ERROR(AllocateInto(outputs_, MaxResults(), "results"));
-  RETURN_IF_ERROR(AllocateInto(top_, int64_t{MaxResults()} * kMaxTopLogprobs, "results"));
+  RETURN_IF_ERROR(visit(states_, rows * SampleStateBytes(), "sampler"));
+  RETURN_IF_ERROR(visit(edited_, rows * vocab, "sampler"));
+  RETURN_IF_ERROR(visit(bin_masses_, rows * kRadixBins, "sampler"));
+  RETURN_IF_ERROR(visit(bin_counts_, rows * kRadixBins, "sampler"));
+  RETURN_IF_ERROR(visit(tile_masses_, rows * tiles, "sampler"));
+  RETURN_IF_ERROR(visit(tile_tops_, rows * tiles * kMaxTopLogprobs, "sampler"));
+  RETURN_IF_ERROR(visit(history_, int64_t{2} * limits_.max_num_sequences * vocab, "token histories"));
+  RETURN_IF_ERROR(visit(result_tokens_, MaxResults(), "results"));
+  RETURN_IF_ERROR(visit(outputs_, MaxResults(), "results"));
+  return visit(top_, int64_t{MaxResults()} * kMaxTopLogprobs, "results");
+}
+
+std::vector<MemoryUse> CudaOps::Requirements(const NemotronConfig& config, const RunnerLimits& limits) {
+  CudaOps nothing(config, limits, nullptr, 1);
+  std::vector<MemoryUse> uses;
+  const absl::Status counted = nothing.VisitBuffers([&uses](const auto& buffer, int64_t count, const char* name) {
+    AddUse(uses, name, count * static_cast<int64_t>(sizeof(*buffer.data())));
+    return absl::OkStatus();
+  });
+  CHECK(counted.ok());
+  return uses;
+}
+
+absl::Status CudaOps::AllocateAll() {
+  ASSIGN_OR_RETURN(stream_, CreateStream());
+  RETURN_IF_ERROR(VisitBuffers(
+      [this](auto& buffer, int64_t count, const char* name) { return AllocateInto(buffer, count, name); }));
+  RETURN_IF_ERROR(UploadRopeTables());
   RETURN_IF_ERROR(AllocateSlots());
   const auto clear = [this](auto& buffer) {
     return ToStatus(cudaMemsetAsync(buffer.data(), 0, buffer.size() * sizeof(*buffer.data()), stream_.get()), "memset");
@@ -138,7 +150,7 @@ absl::Status CudaOps::AllocateSlots() {
   const int64_t results = int64_t{MaxResults()} * (sizeof(SampleOutput) + kMaxTopLogprobs * sizeof(TopLogprob));
   for (Slot& slot : slots_) {
     ASSIGN_OR_RETURN(slot.forward, PinnedBuffer::Allocate(forward_arrays_.size()));
-    ASSIGN_OR_RETURN(slot.sample, PinnedBuffer::Allocate(kSampleArrayBytes));
+    ASSIGN_OR_RETURN(slot.sample, PinnedBuffer::Allocate(sample_arrays_.size()));
     ASSIGN_OR_RETURN(slot.results, PinnedBuffer::Allocate(results));
     ASSIGN_OR_RETURN(slot.done, CreateEvent());
   }
@@ -148,7 +160,7 @@ absl::Status CudaOps::AllocateSlots() {
 absl::Status CudaOps::UploadRopeTables() {
   // fp32 throughout, as in Hugging Face: the rounding of a large angle is part of the model.
   const int half = config_.rotary_dim / 2;
-  const int64_t count = std::max<int64_t>(1, int64_t{limits_.max_context_tokens} * half);
+  const int64_t count = RotaryTableSize();
   ASSIGN_OR_RETURN(const PinnedBuffer staging, PinnedBuffer::Allocate(2 * count * static_cast<int64_t>(sizeof(float))));
   auto* cosines = reinterpret_cast<float*>(staging.data());
   float* sines = cosines + count;
@@ -161,8 +173,6 @@ absl::Status CudaOps::UploadRopeTables() {
       sines[int64_t{position} * half + j] = std::sin(angle);
     }
   }
-  RETURN_IF_ERROR(AllocateInto(cosines_, count, "rotary tables"));
-  RETURN_IF_ERROR(AllocateInto(sines_, count, "rotary tables"));
   const size_t num_bytes = static_cast<size_t>(count) * sizeof(float);
   const auto copy = [&](float* to, const float* from) {
     return ToStatus(cudaMemcpyAsync(to, from, num_bytes, cudaMemcpyHostToDevice, stream_.get()), "copy to device");

@@ -7,6 +7,7 @@
 // Errors: an op cannot return one, so the first is kept, later ops do nothing, and Wait reports it.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <utility>
@@ -18,6 +19,7 @@
 #include "engine/cuda/device_memory.h"
 #include "engine/cuda/kernels.h"
 #include "engine/cuda/matmul.h"
+#include "engine/cuda/memory_plan.h"
 #include "engine/cuda/sampler.h"
 #include "engine/cuda/step_arrays.h"
 #include "engine/model_config.h"
@@ -26,25 +28,24 @@
 
 namespace minitron::engine::cuda {
 
-// Bytes of device memory by purpose, for the table printed at start.
-struct MemoryUse {
-  const char* name;
-  int64_t num_bytes;
-};
-
 // Engine thread only. Owns the KV cache, the histories and all work space.
 class CudaOps {
  public:
+  static constexpr bool kAsynchronous = true;
   using Element = Bf16;
   using Buffer = DeviceBuffer<Bf16>;
   using FloatBuffer = DeviceBuffer<float>;
   using Matrix = MatrixView<Bf16>;
   using ConstMatrix = MatrixView<const Bf16>;
 
+  // Error: INVALID_ARGUMENT for a shape without a kernel (names value and limit).
+  static absl::Status CheckShapes(const NemotronConfig& config, const RunnerLimits& limits);
   // Allocates everything but the activations. `num_processors` of the device bounds the attention's grid.
-  // Errors: INVALID_ARGUMENT for a shape without a kernel (names value and limit), else as ToStatus.
+  // Errors: as CheckShapes and ToStatus.
   static absl::StatusOr<std::unique_ptr<CudaOps>> Create(const NemotronConfig& config, const RunnerLimits& limits,
                                                          std::unique_ptr<MatMul> matmul, int num_processors);
+  // What Create allocates, by purpose, without allocating it.
+  static std::vector<MemoryUse> Requirements(const NemotronConfig& config, const RunnerLimits& limits);
   // Waits for the device, so that nothing runs on freed memory.
   ~CudaOps();
 
@@ -75,7 +76,6 @@ class CudaOps {
 
   // The first error of any op; OK while all went well.
   const absl::Status& status() const { return status_; }
-  const std::vector<MemoryUse>& memory_use() const { return memory_use_; }
 
  private:
   // One of the two steps that may be under way.
@@ -100,6 +100,9 @@ class CudaOps {
 
   CudaOps(const NemotronConfig& config, const RunnerLimits& limits, std::unique_ptr<cuda::MatMul> matmul,
           int num_processors);
+  // Calls visit(buffer, count, purpose) for every piece of device memory.
+  template <typename Visit>
+  absl::Status VisitBuffers(const Visit& visit);
   absl::Status AllocateAll();
   absl::Status AllocateSlots();
   absl::Status UploadRopeTables();
@@ -117,11 +120,14 @@ class CudaOps {
   BatchView ViewOf(const ForwardCounts& counts) const;
   void CopyForward(const ForwardCounts& counts);
   void UploadSample(const Batch& batch, const StepPlan& plan, Slot& slot);
-  bool EnsureSampleRoom(int64_t num_bytes, Slot& slot);
+  SampleLayout LargestSampleLayout() const;
   AttentionParams Attention(int layer, ConstMatrix q, Matrix out) const;
   KvCacheView CacheOf(int layer) const;
   int64_t ScratchSlot() const { return int64_t{limits_.num_kv_blocks} * limits_.block_size; }
   int MaxChunks() const { return (limits_.max_context_tokens + kChunkKeys - 1) / kChunkKeys; }
+  int64_t RotaryTableSize() const {
+    return std::max<int64_t>(1, int64_t{limits_.max_context_tokens} * (config_.rotary_dim / 2));
+  }
   int MaxResults() const { return limits_.max_num_tokens + limits_.max_num_sequences; }
   template <typename T>
   const T* ForwardArray(int64_t offset) const {
@@ -138,7 +144,6 @@ class CudaOps {
   const int num_processors_;
   int block_shift_ = 0;
   absl::Status status_;
-  std::vector<MemoryUse> memory_use_;
   std::unique_ptr<cuda::MatMul> matmul_;
 
   // The stream is declared before what runs on it, so that it is destroyed after.
@@ -154,7 +159,6 @@ class CudaOps {
   DeviceBuffer<int32_t> result_tokens_;
   DeviceBuffer<SampleOutput> outputs_;
   DeviceBuffer<TopLogprob> top_;
-  int max_sample_rows_ = 0;
   Slot slots_[2];
   std::vector<Recorded> recorded_;
 

@@ -137,7 +137,8 @@ BatchView CudaOps::Upload(const Batch& batch) {
 void CudaOps::UploadSample(const Batch& batch, const StepPlan& plan, Slot& slot) {
   sample_layout_ = SampleLayout(static_cast<int>(batch.results.size()), static_cast<int64_t>(plan.edits.size()),
                                 static_cast<int64_t>(plan.history.size()));
-  if (!status_.ok() || !EnsureSampleRoom(sample_layout_.end, slot)) return;
+  CHECK(sample_layout_.end <= sample_arrays_.size());
+  if (!status_.ok()) return;
   FillSample(batch, plan, slot.sample.data());
   if (sample_layout_.end > 0) {
     Check(cudaMemcpyAsync(sample_arrays_.data(), slot.sample.data(), static_cast<size_t>(sample_layout_.end),
@@ -157,23 +158,6 @@ void CudaOps::UploadSample(const Batch& batch, const StepPlan& plan, Slot& slot)
   }
 }
 
-// Room for an unusually long list of biases or history. Rare: it waits for the device and allocates.
-bool CudaOps::EnsureSampleRoom(int64_t num_bytes, Slot& slot) {
-  if (num_bytes > slot.sample.size()) {
-    absl::StatusOr<PinnedBuffer> larger = PinnedBuffer::Allocate(num_bytes);
-    Check(larger.status());
-    if (!larger.ok()) return false;
-    slot.sample = *std::move(larger);  // its step has been waited for
-  }
-  if (num_bytes > sample_arrays_.size()) {
-    Check(cudaStreamSynchronize(stream_.get()), "stream");
-    DeviceBuffer<unsigned char> larger = AllocateOrFail<unsigned char>(num_bytes, "step arrays");
-    if (!status_.ok()) return false;
-    sample_arrays_ = std::move(larger);
-  }
-  return true;
-}
-
 void CudaOps::GatherRows(ConstMatrix x, const int32_t* rows, Matrix out) {
   CHECK(x.cols == out.cols);
   for (int64_t r = 0; r < out.rows; ++r) CHECK(rows[r] >= 0 && rows[r] < x.rows);
@@ -188,7 +172,7 @@ void CudaOps::GatherRows(ConstMatrix x, const int32_t* rows, Matrix out) {
 void CudaOps::Sample(MatrixView<float> logits, absl::Span<const ResultRow> rows, int first_row,
                      absl::Span<ResultRowOutput> outputs) {
   CHECK(static_cast<size_t>(logits.rows) == rows.size() && rows.size() == outputs.size());
-  CHECK(logits.rows <= max_sample_rows_ && !steps_.empty());
+  CHECK(logits.rows <= LogitsRows(config_, limits_) && !steps_.empty());
   steps_.back().pending.push_back({first_row, rows, outputs});
   if (!status_.ok()) return;
   Slot& slot = slots_[steps_.back().slot];

@@ -1,8 +1,12 @@
 #include "engine/cuda/device_weights.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstring>
+#include <thread>
+#include <utility>
+#include <vector>
 
 #include "engine/base/check.h"
 #include "engine/base/status_macros.h"
@@ -10,7 +14,9 @@
 namespace minitron::engine::cuda {
 namespace {
 
-constexpr int64_t kStagingBytes = 32 << 20;  // large enough to reach the link's bandwidth
+constexpr int64_t kStagingBytes = 16 << 20;  // large enough to reach the link's bandwidth
+// One thread copies some 10 GB/s out of the page cache, the link takes several times that.
+constexpr int kMaxUploadThreads = 4;
 
 float F16ToFloat(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
@@ -49,86 +55,150 @@ void ConvertToFloat(const WeightView& weight, int64_t first, int64_t count, floa
   for (int64_t i = 0; i < count; ++i) out[i] = ElementAsFloat(weight, first + i);
 }
 
-class DeviceWeights::Uploader {
+namespace {
+
+// Calls visit(view, type on the device) for every tensor.
+template <typename Weights, typename Visit>
+void VisitTensors(Weights& weights, const Visit& visit) {
+  visit(weights.embedding, DType::kBf16);
+  for (auto& layer : weights.layers) {
+    visit(layer.input_norm_weight, DType::kF32);
+    visit(layer.input_norm_bias, DType::kF32);
+    visit(layer.q_proj, DType::kBf16);
+    visit(layer.k_proj, DType::kBf16);
+    visit(layer.v_proj, DType::kBf16);
+    visit(layer.o_proj, DType::kBf16);
+    visit(layer.post_norm_weight, DType::kF32);
+    visit(layer.post_norm_bias, DType::kF32);
+    visit(layer.up_proj, DType::kBf16);
+    visit(layer.down_proj, DType::kBf16);
+  }
+  visit(weights.final_norm_weight, DType::kF32);
+  visit(weights.final_norm_bias, DType::kF32);
+  visit(weights.lm_head, DType::kBf16);
+}
+
+// Part of a tensor that crosses in one copy.
+struct Piece {
+  WeightView source;  // host memory
+  DType type = DType::kBf16;
+  unsigned char* destination = nullptr;
+  int64_t first = 0, count = 0;  // elements
+};
+
+// Pieces handed out one by one to the threads that copy them.
+class PieceQueue {
  public:
-  explicit Uploader(DeviceWeights& owner) : owner_(owner) {}
+  explicit PieceQueue(std::vector<Piece> pieces) : pieces_(std::move(pieces)) {}
+
+  // Null when there is none left, or a thread has failed.
+  const Piece* Next() {
+    const size_t index = next_.fetch_add(1, std::memory_order_relaxed);
+    return failed_.load(std::memory_order_relaxed) || index >= pieces_.size() ? nullptr : &pieces_[index];
+  }
+  void Fail() { failed_.store(true, std::memory_order_relaxed); }
+  int64_t size() const { return static_cast<int64_t>(pieces_.size()); }
+
+ private:
+  const std::vector<Piece> pieces_;
+  std::atomic<size_t> next_{0};
+  std::atomic<bool> failed_{false};
+};
+
+// Copies pieces on a stream of its own. Two pinned buffers take turns: while one crosses, the other is filled (and f16
+// and f32 are rounded to bf16). Any one thread.
+class Uploader {
+ public:
   ~Uploader() {
     if (stream_.get() != nullptr) cudaStreamSynchronize(stream_.get());  // copies read the staging memory
   }
 
-  absl::Status Start() {
+  absl::Status Run(PieceQueue& queue, int64_t staging_bytes) {
     ASSIGN_OR_RETURN(stream_, CreateStream());
     for (Turn& turn : turns_) {
-      ASSIGN_OR_RETURN(turn.staging, PinnedBuffer::Allocate(kStagingBytes));
+      ASSIGN_OR_RETURN(turn.staging, PinnedBuffer::Allocate(staging_bytes));
       ASSIGN_OR_RETURN(turn.crossed, CreateEvent());
     }
-    return absl::OkStatus();
+    for (int turn = 0; const Piece* piece = queue.Next(); turn = 1 - turn) RETURN_IF_ERROR(Copy(*piece, turns_[turn]));
+    return ToStatus(cudaStreamSynchronize(stream_.get()), "stream");
   }
-
-  // Replaces a view of host memory by one of device memory.
-  absl::Status Move(WeightView& weight, DType type) {
-    CHECK(!IsPanels(weight.dtype) && (type == DType::kBf16 || type == DType::kF32));
-    const int64_t element_bytes = DTypeBytes(type);
-    ASSIGN_OR_RETURN(DeviceBuffer<unsigned char> buffer,
-                     DeviceBuffer<unsigned char>::Allocate(weight.size() * element_bytes));
-    const int64_t chunk = kStagingBytes / element_bytes;
-    for (int64_t first = 0; first < weight.size(); first += chunk) {
-      const int64_t count = std::min(chunk, weight.size() - first);
-      Turn& turn = turns_[next_turn_];
-      next_turn_ = 1 - next_turn_;
-      RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(turn.crossed.get()), "wait for a copy"));
-      if (type == DType::kBf16) {
-        ConvertToBf16(weight, first, count, reinterpret_cast<uint16_t*>(turn.staging.data()));
-      } else {
-        ConvertToFloat(weight, first, count, reinterpret_cast<float*>(turn.staging.data()));
-      }
-      RETURN_IF_ERROR(
-          ToStatus(cudaMemcpyAsync(buffer.data() + first * element_bytes, turn.staging.data(),
-                                   static_cast<size_t>(count * element_bytes), cudaMemcpyHostToDevice, stream_.get()),
-                   "copy to device"));
-      RETURN_IF_ERROR(ToStatus(cudaEventRecord(turn.crossed.get(), stream_.get()), "record event"));
-    }
-    weight.data = buffer.data();
-    weight.dtype = type;
-    owner_.num_bytes_ += buffer.size();
-    owner_.buffers_.push_back(std::move(buffer));
-    return absl::OkStatus();
-  }
-
-  absl::Status Finish() { return ToStatus(cudaStreamSynchronize(stream_.get()), "stream"); }
 
  private:
   struct Turn {
     PinnedBuffer staging;
     Event crossed;
   };
-  DeviceWeights& owner_;
+
+  absl::Status Copy(const Piece& piece, const Turn& turn) {
+    RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(turn.crossed.get()), "wait for a copy"));
+    if (piece.type == DType::kBf16) {
+      ConvertToBf16(piece.source, piece.first, piece.count, reinterpret_cast<uint16_t*>(turn.staging.data()));
+    } else {
+      ConvertToFloat(piece.source, piece.first, piece.count, reinterpret_cast<float*>(turn.staging.data()));
+    }
+    const int64_t element_bytes = DTypeBytes(piece.type);
+    RETURN_IF_ERROR(ToStatus(
+        cudaMemcpyAsync(piece.destination + piece.first * element_bytes, turn.staging.data(),
+                        static_cast<size_t>(piece.count * element_bytes), cudaMemcpyHostToDevice, stream_.get()),
+        "copy to device"));
+    return ToStatus(cudaEventRecord(turn.crossed.get(), stream_.get()), "record event");
+  }
+
   Turn turns_[2];
-  int next_turn_ = 0;
   Stream stream_;
 };
+
+absl::Status UploadPieces(PieceQueue& queue, int64_t staging_bytes) {
+  const auto num_threads = static_cast<size_t>(std::clamp<int64_t>(queue.size(), 1, kMaxUploadThreads));
+  std::vector<absl::Status> statuses(num_threads);
+  std::vector<std::thread> threads;
+  threads.reserve(num_threads);
+  for (absl::Status& status : statuses) {
+    threads.emplace_back([&queue, staging_bytes, &status] {
+      status = Uploader().Run(queue, staging_bytes);
+      if (!status.ok()) queue.Fail();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (absl::Status& status : statuses) RETURN_IF_ERROR(status);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+int64_t DeviceWeights::NumBytes(const NemotronWeights& host) {
+  int64_t num_bytes = 0;
+  VisitTensors(host, [&num_bytes](const WeightView& view, DType type) { num_bytes += view.size() * DTypeBytes(type); });
+  return num_bytes;
+}
 
 absl::StatusOr<DeviceWeights> DeviceWeights::Upload(const NemotronWeights& host) {
   DeviceWeights device;
   device.weights_ = host;
-  NemotronWeights& weights = device.weights_;
-  Uploader uploader(device);
-  RETURN_IF_ERROR(uploader.Start());
-  RETURN_IF_ERROR(uploader.Move(weights.embedding, DType::kBf16));
-  for (LayerWeights& layer : weights.layers) {
-    for (WeightView* norm :
-         {&layer.input_norm_weight, &layer.input_norm_bias, &layer.post_norm_weight, &layer.post_norm_bias}) {
-      RETURN_IF_ERROR(uploader.Move(*norm, DType::kF32));
+  device.num_bytes_ = NumBytes(host);
+  std::vector<Piece> pieces;
+  int64_t staging_bytes = 0;
+  absl::Status status;
+  VisitTensors(device.weights_, [&](WeightView& view, DType type) {
+    if (!status.ok()) return;
+    CHECK(!IsPanels(view.dtype));
+    const int64_t element_bytes = DTypeBytes(type);
+    auto buffer = DeviceBuffer<unsigned char>::Allocate(view.size() * element_bytes);
+    status = buffer.status();
+    if (!status.ok()) return;
+    const int64_t most = kStagingBytes / element_bytes;
+    for (int64_t first = 0; first < view.size(); first += most) {
+      const int64_t count = std::min(most, view.size() - first);
+      pieces.push_back({view, type, buffer->data(), first, count});
+      staging_bytes = std::max(staging_bytes, count * element_bytes);
     }
-    for (WeightView* matrix :
-         {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj, &layer.up_proj, &layer.down_proj}) {
-      RETURN_IF_ERROR(uploader.Move(*matrix, DType::kBf16));
-    }
-  }
-  RETURN_IF_ERROR(uploader.Move(weights.final_norm_weight, DType::kF32));
-  RETURN_IF_ERROR(uploader.Move(weights.final_norm_bias, DType::kF32));
-  RETURN_IF_ERROR(uploader.Move(weights.lm_head, DType::kBf16));
-  RETURN_IF_ERROR(uploader.Finish());
+    view.data = buffer->data();
+    view.dtype = type;
+    device.buffers_.push_back(*std::move(buffer));
+  });
+  RETURN_IF_ERROR(status);
+  PieceQueue queue(std::move(pieces));
+  RETURN_IF_ERROR(UploadPieces(queue, staging_bytes));
   return device;
 }
 

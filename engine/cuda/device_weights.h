@@ -14,15 +14,18 @@ namespace minitron::engine::cuda {
 // Owns the memory; weights() points into it.
 class DeviceWeights {
  public:
-  // Copies every tensor through two pinned buffers that take turns: while one crosses, the other is filled (and f16 and
-  // f32 rounded to bf16). Errors: as ToStatus; RESOURCE_EXHAUSTED when the weights do not fit.
+  // Copies every tensor by several threads, each through two pinned buffers that take turns: while one crosses, the
+  // other is filled (and f16 and f32 rounded to bf16). The memory is allocated and the threads end before it returns.
+  // Errors: as ToStatus; RESOURCE_EXHAUSTED when the weights do not fit.
   static absl::StatusOr<DeviceWeights> Upload(const NemotronWeights& host);
+
+  // What Upload allocates.
+  static int64_t NumBytes(const NemotronWeights& host);
 
   const NemotronWeights& weights() const { return weights_; }
   int64_t num_bytes() const { return num_bytes_; }
 
  private:
-  class Uploader;
   NemotronWeights weights_;
   std::vector<DeviceBuffer<unsigned char>> buffers_;
   int64_t num_bytes_ = 0;

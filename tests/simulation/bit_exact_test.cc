@@ -1,246 +1,30 @@
 // The promise end to end: the real EngineCore over the real CPU engine gives a request the same bits alone, in a full
 // batch, chunked, from a cold and from a warm prefix cache, run ahead of its tokens or not, preempted and recomputed,
 // in this process's runner or in a new one. Tokens, logprobs and ranks are compared as bits.
-#include <algorithm>
-#include <bit>
 #include <cstdint>
-#include <map>
-#include <memory>
-#include <random>
-#include <string>
-#include <utility>
-#include <vector>
 
 #include "engine/cpu/cpu_model_runner.h"
-#include "gtest/gtest.h"
-#include "scheduler/engine_core.h"
 #include "tests/engine/random_model.h"
+#include "tests/simulation/engine_harness.h"
 
 namespace minitron::scheduler {
 namespace {
 
 constexpr int kNumSeeds = 100;
-constexpr int kMaxPrompt = 40;
-constexpr int kMaxOutput = 20;
-constexpr int kBlockSize = 8;
 
-// How the work is cut up: what the output must not depend on.
-struct Schedule {
-  int num_blocks = 1024;
-  int max_running = 1;
-  int max_step_tokens = 64;
-  int max_prefill_chunk = 64;
-  int threads = 1;
-  Overlap overlap = Overlap::kOff;
-  AdmissionMode admission_mode = AdmissionMode::kOptimistic;
-  int max_preemptions = 1000000;
-  uint64_t seed = 0;  // arrival steps
-};
-
-// Everything one sequence showed to the outside, as bits.
-struct Trace {
-  std::vector<TokenId> tokens;
-  std::vector<uint64_t> logprob_bits;
-  FinishReason reason = FinishReason::kError;
-  friend bool operator==(const Trace&, const Trace&) = default;
-};
-
-// By request and sequence index; index -1 is the prompt's logprobs.
-using Traces = std::map<std::pair<RequestId, int>, Trace>;
-
-// States that a run must reach for its result to mean anything.
-struct Marks {
-  int64_t preemptions = 0;
-  int64_t preempted_twice = 0;
-  int64_t chunked_prompts = 0;
-  int64_t mixed_steps = 0;
-  int64_t cold_hit_tokens = 0;
-  int64_t warm_hit_tokens = 0;
-  int64_t rows_in_flight_at_the_end = 0;
-};
-
-void AppendBits(const engine::ResultRowOutput& row, Trace& trace) {
-  trace.tokens.push_back(row.token_id);
-  std::vector<engine::TokenLogprob> all = row.top;
-  all.push_back(row.chosen);
-  for (const engine::TokenLogprob& logprob : all) {
-    trace.logprob_bits.push_back(uint64_t{std::bit_cast<uint32_t>(logprob.logprob)} << 32 |
-                                 static_cast<uint32_t>(logprob.token_id));
-    trace.logprob_bits.push_back(static_cast<uint64_t>(logprob.rank));
-  }
-}
-
-class BitExactTest : public testing::Test {
- protected:
-  BitExactTest() : model_(engine::SmallConfig(), engine::DType::kBf16, 5) {}
-
-  std::vector<Request> RandomRequests(std::mt19937_64& random) const {
-    const auto pick = [&random](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
-    std::vector<Request> requests(pick(3, 8));
-    for (size_t i = 0; i < requests.size(); ++i) {
-      Request& request = requests[i];
-      request.id = i + 1;
-      request.prompt_token_ids.resize(pick(1, kMaxPrompt));
-      for (TokenId& token : request.prompt_token_ids) token = pick(0, model_.config().vocab_size - 1);
-      request.max_tokens = pick(1, kMaxOutput);
-      request.min_tokens = pick(0, 1) * request.max_tokens / 2;
-      request.eos_token_ids = {pick(0, model_.config().vocab_size - 1)};
-      request.num_sequences = pick(0, 3) == 0 ? pick(2, 3) : 1;
-      request.num_top_logprobs = pick(-1, 3);
-      request.num_prompt_top_logprobs = pick(0, 2) == 0 ? pick(0, 2) : -1;
-      request.params.temperature = pick(0, 2) == 0 ? 0.0f : 0.5f + 0.25f * static_cast<float>(pick(0, 4));
-      request.params.top_k = pick(0, 1) * pick(1, 40);
-      request.params.top_p = pick(0, 1) == 0 ? 1.0f : 0.9f;
-      request.params.repetition_penalty = pick(0, 1) == 0 ? 1.0f : 1.3f;
-      request.params.frequency_penalty = pick(0, 2) == 0 ? 0.5f : 0.0f;
-      request.params.seed = random();
-      request.priority = pick(-1, 1);
-    }
-    return requests;
-  }
-
-  engine::RandomModel model_;
-};
-
-// A runner and an engine core that go on from one lot of requests to the next, with their prefix cache.
-class Engine : public StepSink {
- public:
-  Engine(const engine::RandomModel& model, const Schedule& schedule)
-      : runner_(engine::cpu::CreateCpuModelRunner(model.config(), model.weights(), nullptr,
-                                                  {.block_size = kBlockSize,
-                                                   .num_kv_blocks = schedule.num_blocks,
-                                                   .max_num_sequences = schedule.max_running,
-                                                   .max_num_tokens = schedule.max_step_tokens,
-                                                   .max_context_tokens = model.config().max_position_embeddings},
-                                                  schedule.threads)),
-        core_(Options(schedule), runner_.get(), this, [] { return TimePoint(std::chrono::seconds(1)); }),
-        random_(schedule.seed) {}
-
-  // Runs the requests to their end and returns what each sequence showed.
-  Traces Run(const std::vector<Request>& requests, Marks* marks = nullptr) {
-    traces_.clear();
-    hit_tokens_ = 0;
-    size_t next = 0;
-    while (next < requests.size() || !core_.idle()) {
-      while (next < requests.size() && (core_.idle() || random_() % 3 == 0)) {
-        Request request = requests[next++];
-        request.id += first_id_;
-        EXPECT_TRUE(core_.Submit(request).ok());
-      }
-      core_.Step();
-      if (marks != nullptr) Mark(*marks);
-    }
-    while (core_.Step()) continue;  // the last rows in flight
-    EXPECT_EQ(core_.scheduler().kv_cache().num_used_blocks(), 0);
-    first_id_ += requests.size();
-    return std::exchange(traces_, {});
-  }
-
-  void OnStep(StepOutput output) override {
-    for (const PromptLogprobsEvent& event : output.prompt_logprobs) {
-      for (const auto& row : event.positions) AppendBits(row, traces_[{event.id - first_id_, -1}]);
-    }
-    for (const TokenEvent& event : output.tokens) {
-      Trace& trace = traces_[{event.id - first_id_, event.index}];
-      EXPECT_EQ(event.output_position, static_cast<int>(trace.tokens.size()));
-      AppendBits(event.output, trace);
-    }
-    for (const FinishEvent& event : output.finished) {
-      traces_[{event.id - first_id_, event.index}].reason = event.reason;
-      preempted_twice_ += event.num_preemptions >= 2 ? 1 : 0;
-    }
-    stats_ = output.stats;
-    hit_tokens_ += output.stats.num_prefix_hit_tokens;
-  }
-
-  int64_t hit_tokens() const { return hit_tokens_; }  // of the latest Run
-
- private:
-  static EngineCoreOptions Options(const Schedule& schedule) {
-    EngineCoreOptions options;
-    options.scheduler.max_prefill_chunk = schedule.max_prefill_chunk;
-    options.scheduler.admission_mode = schedule.admission_mode;
-    options.scheduler.max_preemptions = schedule.max_preemptions;
-    options.overlap = schedule.overlap;
-    return options;
-  }
-
-  void Mark(Marks& marks) {
-    marks.preemptions += stats_.num_preemptions;
-    marks.preempted_twice += std::exchange(preempted_twice_, 0);
-    marks.mixed_steps += stats_.num_prompt_tokens > 0 && stats_.num_prompt_tokens < stats_.num_batch_tokens ? 1 : 0;
-    marks.rows_in_flight_at_the_end += static_cast<int64_t>(core_.scheduler().retiring().size());
-    for (const auto& sequence : core_.scheduler().running()) {
-      const int computed = sequence->num_computed_tokens();
-      marks.chunked_prompts += computed > sequence->num_cached_tokens() && computed < sequence->num_prompt_tokens();
-    }
-  }
-
-  const std::unique_ptr<engine::ModelRunner> runner_;
-  EngineCore core_;
-  std::mt19937_64 random_;
-  Traces traces_;
-  StepStats stats_;
-  RequestId first_id_ = 0;  // ids are used once
-  int64_t hit_tokens_ = 0;
-  int64_t preempted_twice_ = 0;
-};
-
-void ExpectSame(const Traces& actual, const Traces& expected) {
-  ASSERT_EQ(actual.size(), expected.size());
-  for (const auto& [key, trace] : expected) {
-    SCOPED_TRACE("request " + std::to_string(key.first) + " sequence " + std::to_string(key.second));
-    const auto found = actual.find(key);
-    ASSERT_NE(found, actual.end());
-    EXPECT_EQ(found->second.tokens, trace.tokens);
-    EXPECT_EQ(found->second.logprob_bits, trace.logprob_bits);
-    EXPECT_EQ(found->second.reason, trace.reason);
-  }
-}
-
-TEST_F(BitExactTest, ARequestHasTheSameBitsHoweverTheWorkIsCutUp) {
+TEST(BitExactTest, ARequestHasTheSameBitsHoweverTheWorkIsCutUp) {
+  const engine::RandomModel model(engine::SmallConfig(), engine::DType::kBf16, 5);
+  const int context = model.config().max_position_embeddings;
+  const RequestSizes sizes{.vocab_size = model.config().vocab_size};
+  const MakeRunner make = [&model](const engine::RunnerLimits& limits, const Schedule& schedule) {
+    return engine::cpu::CreateCpuModelRunner(model.config(), model.weights(), nullptr, limits, schedule.threads);
+  };
   Marks marks;
   for (uint64_t seed = 1; seed <= kNumSeeds; ++seed) {
-    SCOPED_TRACE("seed " + std::to_string(seed));
-    std::mt19937_64 random(seed);
-    const std::vector<Request> requests = RandomRequests(random);
-    const auto pick = [&random](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
-    // Each request alone, in a new runner each: what a restart or another replica gives.
-    Traces alone;
-    for (const Request& request : requests) {
-      for (auto& [key, trace] : Engine(model_, Schedule{}).Run({request})) alone[key] = trace;
-    }
-    // From a pool in which one sequence barely fits to one that holds a few.
-    const int one_sequence = (kMaxPrompt + kMaxOutput + kBlockSize - 1) / kBlockSize;
-    Schedule crowded{.num_blocks = pick(one_sequence, 3 * one_sequence),
-                     .max_running = pick(2, 8),
-                     .max_step_tokens = pick(8, 64),
-                     .max_prefill_chunk = pick(1, 32),
-                     .threads = pick(1, 2)};
-    for (const Overlap overlap : {Overlap::kOff, Overlap::kOn}) {
-      SCOPED_TRACE(overlap == Overlap::kOn ? "overlap" : "no overlap");
-      crowded.overlap = overlap;
-      crowded.admission_mode = pick(0, 3) == 0 ? AdmissionMode::kReserve : AdmissionMode::kOptimistic;
-      crowded.max_preemptions = pick(0, 1) == 0 ? pick(0, 2) : 1000000;
-      crowded.seed = random();
-      Engine engine(model_, crowded);
-      ExpectSame(engine.Run(requests, &marks), alone);
-      marks.cold_hit_tokens += engine.hit_tokens();
-      ExpectSame(engine.Run(requests, &marks), alone);
-      marks.warm_hit_tokens += engine.hit_tokens();
-    }
+    ExpectSameBitsHoweverTheWorkIsCutUp(make, context, sizes, {Overlap::kOff, Overlap::kOn}, seed, marks);
     if (HasFailure()) return;
   }
-  std::printf(
-      "preemptions %ld, sequences preempted twice %ld, steps with a prompt half-way %ld, steps that mix prefill "
-      "and decode %ld, tokens shared cold %ld and warm %ld, rows wasted %ld\n",
-      marks.preemptions, marks.preempted_twice, marks.chunked_prompts, marks.mixed_steps, marks.cold_hit_tokens,
-      marks.warm_hit_tokens, marks.rows_in_flight_at_the_end);
-  for (const int64_t count : {marks.preemptions, marks.preempted_twice, marks.chunked_prompts, marks.mixed_steps,
-                              marks.cold_hit_tokens, marks.warm_hit_tokens, marks.rows_in_flight_at_the_end}) {
-    EXPECT_GT(count, 0);
-  }
-  EXPECT_GT(marks.warm_hit_tokens, marks.cold_hit_tokens);
+  ExpectAllReached(marks);
 }
 
 }  // namespace

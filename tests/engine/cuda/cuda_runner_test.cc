@@ -12,6 +12,7 @@
 #include "engine/cuda/cublaslt_matmul.h"
 #include "engine/cuda/cuda_model_runner.h"
 #include "engine/cuda/device.h"
+#include "engine/cuda/memory_plan.h"
 #include "engine/model_config.h"
 #include "engine/nemotron_weights.h"
 #include "gtest/gtest.h"
@@ -290,6 +291,74 @@ TEST(CudaRunnerTest, TheCacheTakesTheMemoryThatIsLeft) {
   ASSERT_TRUE(some.ok()) << some.status();
   EXPECT_EQ(none.status().code(), absl::StatusCode::kResourceExhausted) << none.status();
   EXPECT_EQ(no_weights.status().code(), absl::StatusCode::kResourceExhausted) << no_weights.status();
+}
+
+int64_t FreeBytes() {
+  size_t free_bytes = 0, total_bytes = 0;
+  EXPECT_EQ(cudaMemGetInfo(&free_bytes, &total_bytes), cudaSuccess);
+  return static_cast<int64_t>(free_bytes);
+}
+
+TEST(CudaRunnerTest, ThePlanIsWhatIsTaken) {
+  const RandomModel model(CudaConfig(), DType::kF32, 1);
+  for (const RunnerLimits& limits :
+       {RunnerLimits{.block_size = 16,
+       .num_kv_blocks = 9,
+       .max_num_sequences = 3,
+       .max_num_tokens = 40,
+       .max_context_tokens = 640},
+        RunnerLimits{.block_size = 32, .max_num_sequences = 1, .max_num_tokens = 8, .max_context_tokens = 64}}) {
+    const int64_t before = FreeBytes();
+    const auto plan = PlanMemory(model.config(), model.weights(), limits, 0, {before, before});
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    const auto runner = MakeCuda(model, limits);
+    EXPECT_EQ(before - FreeBytes(), plan->total_bytes());
+    EXPECT_EQ(runner->num_kv_blocks(), plan->num_kv_blocks);
+  }
+}
+
+TEST(CudaRunnerTest, WhatDoesNotFitIsRefusedWithTheSum) {
+  const RandomModel model(CudaConfig(), DType::kBf16, 1);
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 5000, .max_num_sequences = 2, .max_num_tokens = 32, .max_context_tokens = 640};
+  emulation::SetDevice((size_t{1} << 30) + (8 << 20));
+  const auto runner = CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, MakeMatMul());
+  emulation::SetDevice(size_t{1} << 40);
+  EXPECT_EQ(runner.status().code(), absl::StatusCode::kResourceExhausted);
+  const std::string message(runner.status().message());
+  for (const char* part : {"device memory, MiB: weights 0.5 + matmul workspace 0.0 + activations 0.1 + logits 0.0 + ",
+                           "KV cache 78.1 (5000 blocks of 16 tokens) + kept free 1024.0 = ",
+                           ", but 1032.0 of 1032.0 are free; lower kv_cache_bytes, max_num_sequences, max_num_tokens "
+                           "or max_context_tokens"}) {
+    EXPECT_NE(message.find(part), std::string::npos) << message;
+  }
+}
+
+// What asks for the most a step may ask for: biases and histories cross to the device in arrays made at start.
+TEST(CudaRunnerTest, TheLargestSamplingRequestNeedsNoMemory) {
+  const RandomModel model(CudaConfig(), DType::kBf16, 1);
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 16, .max_num_sequences = 2, .max_num_tokens = 64, .max_context_tokens = 128};
+  const auto runner = MakeCuda(model, limits);
+  const emulation::LiveObjects ready = emulation::CountLiveObjects();
+  SamplingParams params{.repetition_penalty = 1.1f};
+  for (TokenId token = 0; token < 131; ++token) params.logit_bias.emplace_back(token, 1.0f);
+  const std::vector<TokenId> history(64, 5);
+  Batch batch;
+  for (int s = 0; s < 2; ++s) {
+    batch.token_ids.push_back(1);
+    batch.positions.push_back(0);
+    batch.slot_mapping.push_back(16 * s);
+    batch.query_start.push_back(s + 1);
+    batch.block_ids.push_back(s);
+    batch.block_start.push_back(s + 1);
+    batch.kv_lens.push_back(1);
+    batch.results.push_back({.token_row = s, .sequence = s, .history_slot = s, .params = &params});
+    batch.history_resets.push_back({s, history, history});
+  }
+  ASSERT_TRUE(runner->Submit(batch).ok());
+  EXPECT_TRUE(runner->Collect().ok());
+  EXPECT_EQ(emulation::CountLiveObjects(), ready);
 }
 
 TEST(CudaRunnerTest, NothingIsAllocatedOnceReady) {

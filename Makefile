@@ -2,6 +2,7 @@
 # make test    installs, builds and runs every check
 # make serve   runs the server until Ctrl-C and prints its ports
 # make bench-scheduling   the scheduler in virtual time and its cost, streams and refusals through gRPC; rewrites their tables
+# make cuda-tables   what the CUDA backend's formats cost in quality, emulated; rewrites their tables
 # make mutants plants bugs into the scheduler, checks that the simulator finds them, rewrites the table
 # make lint    formatting and static analysis      make format  formats the sources
 # make bench   measures the CPU engine against the limits of this machine (random weights, below build/bench)
@@ -22,7 +23,7 @@ PORT ?= 50051
 METRICS_PORT ?= 9090
 SANITIZED_ROOMS ?= engine|scheduler|simulation|server|clients
 
-.PHONY: help bench bench-scheduling mutants build demo serve test test-release test-asan test-tsan lint format clean soak-sim \
+.PHONY: help bench bench-scheduling cuda-tables mutants build demo serve test test-release test-asan test-tsan lint format clean soak-sim \
   gpu-bundle image test-image soak deps-build deps-test deps-clients deps-lint deps-image
 
 help:
@@ -69,6 +70,12 @@ bench-scheduling: deps-test
 	@tests/bench/update_readme.py host build/release/bin/minitron-bench-scheduler
 	@tests/bench/update_readme.py streaming build/release/bin/minitron-bench-streaming
 	@tests/bench/update_readme.py refusals build/release/bin/minitron-bench-refusals
+
+cuda-tables: deps-test
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
+	@cmake --build --preset release -j $(JOBS) --target cuda_quality_test quantized_matmul_test
+	@tests/bench/update_readme.py --readme engine/cuda/README.md quality build/release/bin/cuda_quality_test
+	@tests/bench/update_readme.py --readme engine/cuda/README.md products build/release/bin/quantized_matmul_test
 
 # About ten seconds per bug, most of it compiling.
 mutants: deps-test

@@ -12,22 +12,24 @@ namespace minitron::engine {
 
 enum class Backend { kAuto, kCpu, kCuda };
 
-// How the CPU backend stores matrices: as loaded, or as 8- or 4-bit integers with a scale per group of 64 or 32.
-enum class Quantization { kOff, kInt8, kInt4 };
+// How matrices are stored: as loaded, as 8- or 4-bit integers with a scale per group of 64 or 32, or as 8-bit floats
+// with a scale per output (CUDA only).
+enum class Quantization { kOff, kInt8, kInt4, kFp8 };
 
-// Element type of the CPU backend's KV cache: bf16, as the weights, or fp32.
-enum class KvCacheType { kBf16, kF32 };
+// Element type of the KV cache: bf16, as the weights; fp32 (CPU only); 8-bit floats with an exponent for each token and
+// head (CUDA only), half of bf16's memory and traffic.
+enum class KvCacheType { kBf16, kF32, kFp8 };
 
 struct EngineOptions {
   std::string model_dir;  // Hugging Face style folder: config.json and weights
   Backend backend = Backend::kAuto;
-  int num_threads = 0;                             // CPU backend; 0 means one per physical core
-  Quantization quantization = Quantization::kOff;  // CPU backend
+  int num_threads = 0;  // CPU backend; 0 means one per physical core
+  Quantization quantization = Quantization::kOff;
   // Folder of what is worked out once: packed weights (CPU; empty: beside the model when they are large), the products'
   // timed choices (CUDA; empty: beside the model).
   std::string cache_dir;
-  KvCacheType kv_cache_type = KvCacheType::kBf16;  // CPU backend
-  int block_size = 16;                             // tokens per KV block, a power of two in [8, 256]
+  KvCacheType kv_cache_type = KvCacheType::kBf16;
+  int block_size = 16;         // tokens per KV block, a power of two in [8, 256]
   int64_t kv_cache_bytes = 0;  // 0: sized from free memory, at most what max_num_sequences full contexts need
   int max_num_sequences = 64;  // sequences per batch
   int max_num_tokens = 512;    // token rows per batch
@@ -39,7 +41,7 @@ struct EngineOptions {
 struct ModelInfo {
   std::string architecture;  // "nemotron"
   std::string backend;       // "cpu" or "cuda"
-  std::string weight_type;   // "bf16", "f16", "f32", "int8" or "int4"
+  std::string weight_type;   // "bf16", "f16", "f32", "int8", "int4" or "fp8"
   int64_t num_parameters = 0;
   int64_t weight_bytes = 0;
   int64_t kv_bytes_per_token = 0;

@@ -108,10 +108,9 @@ absl::StatusOr<int> SizeKvCache(const EngineOptions& options, int max_context_to
 absl::StatusOr<bool> UseCuda(const EngineOptions& options, [[maybe_unused]] std::string& why_not) {
   if (options.backend == Backend::kCpu) return false;
 #if MINITRON_CUDA
-  const bool quantized = options.quantization != Quantization::kOff;
-  if (options.backend == Backend::kAuto && quantized) return false;
-  if (quantized)
-    return absl::InvalidArgumentError("quantization is for the cpu backend; the cuda backend has none yet");
+  const bool wide_cache = options.kv_cache_type == KvCacheType::kF32;
+  if (options.backend == Backend::kAuto && wide_cache) return false;
+  if (wide_cache) return absl::InvalidArgumentError("kv_cache_type fp32 is for the cpu backend; cuda has bf16 and fp8");
   const absl::Status device = cuda::ProbeDevice();
   if (device.ok()) return true;
   if (options.backend == Backend::kCuda) return device;
@@ -146,7 +145,12 @@ absl::StatusOr<std::shared_ptr<const LoadedWeights>> Load(std::shared_ptr<const 
 
 absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptions& options) {
   std::string why_not_cuda;
-  ASSIGN_OR_RETURN([[maybe_unused]] const bool use_cuda, UseCuda(options, why_not_cuda));
+  ASSIGN_OR_RETURN(const bool use_cuda, UseCuda(options, why_not_cuda));
+  if (!use_cuda && (options.kv_cache_type == KvCacheType::kFp8 || options.quantization == Quantization::kFp8)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(options.quantization == Quantization::kFp8 ? "quantization" : "kv_cache_type",
+                     " fp8 is for the cuda backend", why_not_cuda.empty() ? "" : ": ", why_not_cuda));
+  }
   RETURN_IF_ERROR(CheckOptions(options));
   ASSIGN_OR_RETURN(const NemotronConfig config, LoadNemotronConfig(options.model_dir));
   RETURN_IF_ERROR(CheckRange("max_context_tokens", options.max_context_tokens, 0, config.max_position_embeddings));
@@ -159,9 +163,13 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
     const RunnerLimits limits{.block_size = options.block_size,
                               .max_num_sequences = options.max_num_sequences,
                               .max_num_tokens = options.max_num_tokens,
-                              .max_context_tokens = max_context};
+                              .max_context_tokens = max_context,
+                              .kv_cache_type = options.kv_cache_type};
     const std::string& folder = options.cache_dir.empty() ? options.model_dir : options.cache_dir;
-    return cuda::CreateCudaBackend(config, source, limits, options.kv_cache_bytes, folder + "/minitron-cublaslt.txt");
+    return cuda::CreateCudaBackend(config, source, limits,
+                                   {.quantization = options.quantization,
+                                    .kv_cache_bytes = options.kv_cache_bytes,
+                                    .tuning_file = folder + "/minitron-cublaslt.txt"});
   }
 #endif
   ASSIGN_OR_RETURN(const int num_blocks,

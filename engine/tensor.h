@@ -7,19 +7,21 @@
 
 namespace minitron::engine {
 
-// Types of weights. The first three are element types on disk, row-major; the others are whole layouts that the CPU
-// backend packs them into at load (engine/cpu/panel_format.h) and that only it reads.
-enum class DType { kBf16, kF16, kF32, kBf16Panels, kInt8Panels, kInt4Panels };
+// Types of weights. The first three are element types on disk, row-major; the others are whole layouts that a backend
+// packs them into at load and that only it reads: panels the CPU's (engine/cpu/panel_format.h), tiles the CUDA
+// backend's (engine/cuda/quantized_weights.h).
+enum class DType { kBf16, kF16, kF32, kBf16Panels, kInt8Panels, kInt4Panels, kInt8Tiles, kInt4Tiles, kE4m3Tiles };
 
-constexpr bool IsPanels(DType dtype) { return dtype >= DType::kBf16Panels; }
+constexpr bool IsPanels(DType dtype) { return dtype >= DType::kBf16Panels && dtype <= DType::kInt4Panels; }
+constexpr bool IsTiles(DType dtype) { return dtype >= DType::kInt8Tiles; }
 
 // Bytes of one element. Requires: a type on disk.
 constexpr int64_t DTypeBytes(DType dtype) {
-  DCHECK(!IsPanels(dtype));
+  DCHECK(!IsPanels(dtype) && !IsTiles(dtype));
   return dtype == DType::kF32 ? 4 : 2;
 }
 constexpr const char* DTypeName(DType dtype) {
-  constexpr const char* kNames[] = {"bf16", "f16", "f32", "bf16", "int8", "int4"};
+  constexpr const char* kNames[] = {"bf16", "f16", "f32", "bf16", "int8", "int4", "int8", "int4", "fp8"};
   return kNames[static_cast<int>(dtype)];
 }
 

@@ -51,8 +51,8 @@ const std::vector<Flag>& Flags() {
       Int("metrics-port", &O::metrics_port, 0, 65535, "HTTP port of /metrics; 0 picks a free one"),
       Text("port-file", &O::port_file, "file to write both ports to when ready"),
       Text("backend", &O::backend, "auto, cpu or cuda"),
-      Text("quantize", &O::quantize, "weights on the CPU: none (as loaded), int8 or int4"),
-      Text("kv-cache-dtype", &O::kv_cache_dtype, "element type of the CPU's KV cache: bf16 or fp32"),
+      Text("quantize", &O::quantize, "weights: none (as loaded), int8, int4 or fp8 (GPU)"),
+      Text("kv-cache-dtype", &O::kv_cache_dtype, "element type of the KV cache: bf16, fp32 (CPU) or fp8 (GPU)"),
       Text("cache-dir", &O::cache_dir,
            "folder of packed weights, on a GPU of timed products; default: the model's (weights: from 256 MiB on)"),
       Int("threads", &O::threads, 0, 1024, "CPU threads; 0 means one per physical core"),
@@ -260,8 +260,8 @@ absl::Status CheckTogether(const ServerOptions& options) {
   RETURN_IF_ERROR(CheckOneOf("prefix-cache", options.prefix_cache, {"off", "tenant", "shared"}));
   RETURN_IF_ERROR(CheckOneOf("admission-mode", options.admission_mode, {"optimistic", "reserve"}));
   RETURN_IF_ERROR(CheckOneOf("overlap", options.overlap, {"auto", "on", "off"}));
-  RETURN_IF_ERROR(CheckOneOf("quantize", options.quantize, {"none", "int8", "int4"}));
-  RETURN_IF_ERROR(CheckOneOf("kv-cache-dtype", options.kv_cache_dtype, {"bf16", "fp32"}));
+  RETURN_IF_ERROR(CheckOneOf("quantize", options.quantize, {"none", "int8", "int4", "fp8"}));
+  RETURN_IF_ERROR(CheckOneOf("kv-cache-dtype", options.kv_cache_dtype, {"bf16", "fp32", "fp8"}));
   RETURN_IF_ERROR(CheckOneOf("log-format", options.log_format, {"text", "json"}));
   RETURN_IF_ERROR(CheckOneOf("metrics-compat", options.metrics_compat, {"none", "vllm"}));
   RETURN_IF_ERROR(CheckTls(options));
@@ -297,11 +297,14 @@ engine::Backend ServerOptions::backend_kind() const {
 engine::Quantization ServerOptions::quantization() const {
   if (quantize == "int8") return engine::Quantization::kInt8;
   if (quantize == "int4") return engine::Quantization::kInt4;
+  if (quantize == "fp8") return engine::Quantization::kFp8;
   return engine::Quantization::kOff;
 }
 
 engine::KvCacheType ServerOptions::kv_cache_type() const {
-  return kv_cache_dtype == "fp32" ? engine::KvCacheType::kF32 : engine::KvCacheType::kBf16;
+  if (kv_cache_dtype == "fp32") return engine::KvCacheType::kF32;
+  if (kv_cache_dtype == "fp8") return engine::KvCacheType::kFp8;
+  return engine::KvCacheType::kBf16;
 }
 
 absl::StatusOr<ServerOptions> ParseServerOptions(const std::vector<std::string>& arguments,

@@ -11,6 +11,7 @@
 // shares its tile, and wherever its blocks lie: keys past p score -infinity, weigh 0 and change nothing.
 #pragma once
 
+#include "engine/cuda/e4m3.cuh"
 #include "engine/cuda/kernels.h"
 
 namespace minitron::engine::cuda {
@@ -30,38 +31,114 @@ DEVICE int SharedIndex(int row, int column) {
   return row * kHeadDim + (((column / 8) ^ (row % 8)) * 8) + column % 8;
 }
 
-// The stage of tile `tile` of two taking turns at the start of shared memory.
-template <int kHeadDim>
-DEVICE Bf16* Stage(unsigned char* shared, int tile) {
-  return reinterpret_cast<Bf16*>(shared + tile % 2 * TileLayout<kHeadDim>::kStageBytes);
-}
+// What lies at the start of shared memory. A cache of bf16: two stages that take turns. A cache of E4M3: one stage, and
+// behind it two places for the bytes and the exponents of a tile.
+template <int kHeadDim, bool kFp8>
+struct ReaderLayout {
+  static constexpr int kStageBytes = TileLayout<kHeadDim>::kStageBytes;
+  static constexpr int kCoded = kTileKeys * kHeadDim;             // bytes of the keys, and of the values
+  static constexpr int kCodedBytes = 2 * kCoded + 2 * kTileKeys;  // with an exponent for each row
+  static constexpr int kBytes = kFp8 ? kStageBytes + 2 * kCodedBytes : 2 * kStageBytes;
+};
 
 // Not a number a score can have: the maximum before any key.
 DEVICE float NoMaximum() { return -BitsToFloat(0x7F800000u); }
 // What scores are subtracted from: 0 while there is no maximum, so that exp2 gives 0 and not NaN.
 DEVICE float Base(float maximum) { return maximum == NoMaximum() ? 0.0f : maximum; }
 
-// Starts copying keys [first_key, first_key + kTileKeys) of a sequence's head into a stage. Keys from `limit` on are
-// zeros: the memory may hold anything, and 0 * NaN would not be 0.
-template <int kHeadDim, int kThreads>
-DEVICE void LoadTile(const AttentionParams& p, const int32_t* block_ids, int kv_head, int first_key, int limit,
-                     Bf16* stage) {
+// Brings one sequence's keys and values of one head into shared memory, tile by tile, as bf16. A tile is copied while
+// the one before is worked on. All threads of the block call it alike.
+template <int kHeadDim, bool kFp8, int kThreads>
+struct TileReader {
   using Layout = TileLayout<kHeadDim>;
-  const int block_mask = (1 << p.cache.block_shift) - 1;
-  for (int i = static_cast<int>(ThreadIndex().x); i < kTileKeys * Layout::kVectorsPerRow; i += kThreads) {
-    const int row = i / Layout::kVectorsPerRow, column = i % Layout::kVectorsPerRow * 8;
-    const int key = first_key + row;
-    const bool valid = key < limit;
-    int64_t source = 0;
-    if (valid) {
-      const int64_t block = block_ids[key >> p.cache.block_shift];
-      source = (((block * p.cache.num_kv_heads + kv_head) << p.cache.block_shift) + (key & block_mask)) * kHeadDim;
-    }
-    CpAsync16(stage + SharedIndex<kHeadDim>(row, column), p.cache.keys + source + column, valid);
-    CpAsync16(stage + Layout::kElements + SharedIndex<kHeadDim>(row, column), p.cache.values + source + column, valid);
+  using Reader = ReaderLayout<kHeadDim, kFp8>;
+  const KvCacheView& cache;
+  const int32_t* block_ids;
+  int kv_head;
+  int limit;  // keys from it on are zeros: the memory may hold anything, and 0 * NaN would not be 0
+  unsigned char* shared;
+  int exponent = 0;  // of one row of the tile under way, in the first 2 * kTileKeys threads
+
+  // The row of a key in the cache.
+  DEVICE int64_t RowOf(int key) const {
+    const int64_t block = block_ids[key >> cache.block_shift];
+    return ((block * cache.num_kv_heads + kv_head) << cache.block_shift) + (key & ((1 << cache.block_shift) - 1));
   }
-  CpAsyncCommit();
-}
+
+  // Starts copying keys [first_key, first_key + kTileKeys) as tile number `tile`.
+  DEVICE void Start(int tile, int first_key) {
+    const int thread = static_cast<int>(ThreadIndex().x);
+    if constexpr (kFp8) {
+      constexpr int kVectors = kHeadDim / 16;  // of a row
+      unsigned char* coded = shared + Reader::kStageBytes + tile % 2 * Reader::kCodedBytes;
+      for (int i = thread; i < kTileKeys * kVectors; i += kThreads) {
+        const int row = i / kVectors, key = first_key + row;
+        const bool valid = key < limit;
+        const int64_t source = valid ? RowOf(key) * kHeadDim + i % kVectors * 16 : 0;
+        CpAsync16(coded + i * 16, cache.fp8.keys + source, valid);
+        CpAsync16(coded + Reader::kCoded + i * 16, cache.fp8.values + source, valid);
+      }
+      const int key = first_key + thread % kTileKeys;
+      exponent = 0;
+      if (thread < 2 * kTileKeys && key < limit) {
+        exponent = (thread < kTileKeys ? cache.fp8.key_exponents : cache.fp8.value_exponents)[RowOf(key)];
+      }
+    } else {
+      Bf16* stage = StageOf(tile);
+      for (int i = thread; i < kTileKeys * Layout::kVectorsPerRow; i += kThreads) {
+        const int row = i / Layout::kVectorsPerRow, column = i % Layout::kVectorsPerRow * 8;
+        const int key = first_key + row;
+        const bool valid = key < limit;
+        const int64_t source = valid ? RowOf(key) * kHeadDim : 0;
+        CpAsync16(stage + SharedIndex<kHeadDim>(row, column), cache.keys + source + column, valid);
+        CpAsync16(stage + Layout::kElements + SharedIndex<kHeadDim>(row, column), cache.values + source + column,
+                  valid);
+      }
+    }
+    CpAsyncCommit();
+  }
+
+  // Waits for tile number `tile`, starts the next one if there is one, and returns the tile: keys, then values.
+  // Behind it nobody reads the tile before any more.
+  DEVICE const Bf16* Await(int tile, bool more, int next_key) {
+    CpAsyncWait<0>();
+    if constexpr (kFp8) {
+      const int thread = static_cast<int>(ThreadIndex().x);
+      unsigned char* coded = shared + Reader::kStageBytes + tile % 2 * Reader::kCodedBytes;
+      auto* exponents = reinterpret_cast<int8_t*>(coded + 2 * Reader::kCoded);
+      if (thread < 2 * kTileKeys) exponents[thread] = static_cast<int8_t>(exponent);
+      SyncThreads();
+      if (more) Start(tile + 1, next_key);
+      Decode(coded, exponents);
+      SyncThreads();
+    } else {
+      SyncThreads();
+      if (more) Start(tile + 1, next_key);
+    }
+    return StageOf(tile);
+  }
+
+ private:
+  DEVICE Bf16* StageOf(int tile) const {
+    return reinterpret_cast<Bf16*>(shared + (kFp8 ? 0 : tile % 2 * Reader::kStageBytes));
+  }
+  DEVICE void Decode(const unsigned char* coded, const int8_t* exponents) const {
+    constexpr int kVectors = kHeadDim / 16;
+    for (int i = static_cast<int>(ThreadIndex().x); i < 2 * kTileKeys * kVectors; i += kThreads) {
+      const int row = i / kVectors, column = i % kVectors * 16;  // rows from kTileKeys on are the values
+      const Vector16 bytes = Load16(coded + i * 16);
+      const uint32_t scale = DecodingScale(exponents[row]);
+      Vector16 low, high;
+      DecodeE4m3(bytes.words[0], scale, low.words[0], low.words[1]);
+      DecodeE4m3(bytes.words[1], scale, low.words[2], low.words[3]);
+      DecodeE4m3(bytes.words[2], scale, high.words[0], high.words[1]);
+      DecodeE4m3(bytes.words[3], scale, high.words[2], high.words[3]);
+      Bf16* stage = StageOf(0);
+      Store16(stage + SharedIndex<kHeadDim>(row, column), low);
+      Store16(stage + SharedIndex<kHeadDim>(row, column + 8), high);
+    }
+  }
+};
 
 // Operand A of the scores: keys [16 * m, + 16) of the tile, dims [16 * k, + 16).
 template <int kHeadDim>

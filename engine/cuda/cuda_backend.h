@@ -17,11 +17,16 @@ namespace minitron::engine::cuda {
 // Whether there is a device this build runs on. Error: FAILED_PRECONDITION says what is missing.
 absl::Status ProbeDevice();
 
-// The runner over cublasLt on device 0. `weights` are copied and may go afterwards. kv_cache_bytes 0: sized from the
-// memory left. tuning_file: as CublasLtOptions. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, FAILED_PRECONDITION,
-// INTERNAL; see cuda_model_runner.h.
+struct CudaBackendOptions {
+  Quantization quantization = Quantization::kOff;
+  int64_t kv_cache_bytes = 0;  // 0: sized from the memory left
+  std::string tuning_file;     // as CublasLtOptions
+};
+
+// The runner over cublasLt on device 0. `weights` are copied and may go afterwards. Errors: INVALID_ARGUMENT,
+// RESOURCE_EXHAUSTED, FAILED_PRECONDITION, INTERNAL; see cuda_model_runner.h.
 absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaBackend(const NemotronConfig& config,
                                                                const NemotronWeights& weights, RunnerLimits limits,
-                                                               int64_t kv_cache_bytes, const std::string& tuning_file);
+                                                               const CudaBackendOptions& options);
 
 }  // namespace minitron::engine::cuda

@@ -15,13 +15,13 @@ namespace {
 
 using Runner = ModelRunnerImpl<CudaOps>;
 
-ModelInfo Describe(const NemotronConfig& config, const NemotronWeights& weights, int64_t weight_bytes,
-                   const RunnerLimits& limits) {
+ModelInfo Describe(const NemotronConfig& config, const NemotronWeights& weights, const NemotronWeights& on_device,
+                   int64_t weight_bytes, const RunnerLimits& limits) {
   ModelInfo info = DescribeModel(config, weights, limits.max_context_tokens);
   info.backend = "cuda";
-  info.weight_type = DTypeName(DType::kBf16);
+  info.weight_type = DTypeName(on_device.layers[0].q_proj.dtype);
   info.weight_bytes = weight_bytes;
-  info.kv_bytes_per_token = KvBytesPerToken(config);
+  info.kv_bytes_per_token = KvBytesPerToken(config, limits.kv_cache_type);
   return info;
 }
 
@@ -49,28 +49,33 @@ absl::StatusOr<DeviceInfo> OpenDevice() {
   return info;
 }
 
-int64_t KvBytesPerToken(const NemotronConfig& config) {
-  return int64_t{2} * config.num_layers * config.key_value_width() * static_cast<int64_t>(sizeof(Bf16));
+int64_t KvBytesPerToken(const NemotronConfig& config, KvCacheType type) {
+  const int64_t row_bytes = type == KvCacheType::kFp8 ? config.head_dim + 1 : 2 * config.head_dim;
+  return int64_t{2} * config.num_layers * config.num_key_value_heads * row_bytes;
 }
 
 absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaModelRunner(const NemotronConfig& config,
                                                                    const NemotronWeights& weights, RunnerLimits limits,
                                                                    const DeviceInfo& device,
-                                                                   std::unique_ptr<MatMul> matmul) {
+                                                                   std::unique_ptr<MatMul> matmul,
+                                                                   Quantization quantization) {
   size_t free_bytes = 0, total_bytes = 0;
   RETURN_IF_ERROR(ToStatus(cudaMemGetInfo(&free_bytes, &total_bytes), "memory info"));
   const DeviceMemory memory{static_cast<int64_t>(free_bytes), static_cast<int64_t>(total_bytes)};
   RETURN_IF_ERROR(CudaOps::CheckShapes(config, limits));
-  ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(config, weights, limits, matmul->workspace_bytes(), memory));
+  RETURN_IF_ERROR(DeviceWeights::CheckShapes(config, quantization));
+  ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(config, DeviceWeights::NumBytes(weights, quantization), limits,
+                                                     matmul->workspace_bytes(), memory));
   limits.num_kv_blocks = plan.num_kv_blocks;
   LogPlan(plan, limits, memory);
-  ASSIGN_OR_RETURN(DeviceWeights uploaded, DeviceWeights::Upload(weights));
+  ASSIGN_OR_RETURN(DeviceWeights uploaded, DeviceWeights::Upload(weights, quantization));
   const auto owner = std::make_shared<const DeviceWeights>(std::move(uploaded));
   ASSIGN_OR_RETURN(std::unique_ptr<CudaOps> ops,
                    CudaOps::Create(config, limits, std::move(matmul), device.num_processors));
   const CudaOps& borrowed = *ops;
-  auto runner = std::make_unique<Runner>(std::move(ops), config, owner->weights(), owner,
-                                         Describe(config, weights, owner->num_bytes(), limits), limits);
+  auto runner =
+      std::make_unique<Runner>(std::move(ops), config, owner->weights(), owner,
+                               Describe(config, weights, owner->weights(), owner->num_bytes(), limits), limits);
   RETURN_IF_ERROR(borrowed.status());
   return runner;
 }

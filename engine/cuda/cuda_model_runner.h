@@ -25,10 +25,12 @@ struct DeviceInfo {
 };
 absl::StatusOr<DeviceInfo> OpenDevice();
 
-// Bytes of KV cache one token takes: keys and values of every layer and kv head, bf16.
-int64_t KvBytesPerToken(const NemotronConfig& config);
+// Bytes of KV cache one token takes: keys and values of every layer and kv head. kFp8: a byte each, and an exponent for
+// each token and head.
+int64_t KvBytesPerToken(const NemotronConfig& config, KvCacheType type);
 
-// Copies the weights to the device (`weights` may go afterwards), allocates everything and records the decode steps.
+// Copies the weights to the device (`weights` may go afterwards), quantized on the way if asked for, allocates
+// everything and records the decode steps. Quantized products are the own kernel's, the rest are `matmul`'s.
 // limits.num_kv_blocks 0: as many blocks as the memory left holds, but no more than every sequence's full context.
 // Prints the memory it took as a table on the log. After it returns, nothing is allocated on the device but for steps
 // with thousands of logit biases. Errors: INVALID_ARGUMENT (a shape without a kernel), RESOURCE_EXHAUSTED (memory),
@@ -36,6 +38,7 @@ int64_t KvBytesPerToken(const NemotronConfig& config);
 absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaModelRunner(const NemotronConfig& config,
                                                                    const NemotronWeights& weights, RunnerLimits limits,
                                                                    const DeviceInfo& device,
-                                                                   std::unique_ptr<MatMul> matmul);
+                                                                   std::unique_ptr<MatMul> matmul,
+                                                                   Quantization quantization = Quantization::kOff);
 
 }  // namespace minitron::engine::cuda

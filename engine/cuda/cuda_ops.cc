@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/base/check.h"
 #include "engine/base/status_macros.h"
+#include "engine/cuda/device_weights.h"
 
 namespace minitron::engine::cuda {
 namespace {
@@ -88,10 +89,15 @@ SampleLayout CudaOps::LargestSampleLayout() const {
 
 template <typename Visit>
 absl::Status CudaOps::VisitBuffers(const Visit& visit) {
-  const int64_t cache =
-      int64_t{config_.num_layers} * (limits_.num_kv_blocks + 1) * limits_.block_size * config_.key_value_width();
-  RETURN_IF_ERROR(visit(keys_, cache, "KV cache"));
-  RETURN_IF_ERROR(visit(values_, cache, "KV cache"));
+  const bool fp8 = limits_.kv_cache_type == KvCacheType::kFp8;
+  const int64_t cache_rows = config_.num_layers * CacheRowsPerLayer();
+  const int64_t cache_bytes = cache_rows * config_.head_dim * (fp8 ? 1 : 2);
+  RETURN_IF_ERROR(visit(keys_, cache_bytes, "KV cache"));
+  RETURN_IF_ERROR(visit(values_, cache_bytes, "KV cache"));
+  if (fp8) {
+    RETURN_IF_ERROR(visit(key_exponents_, cache_rows, "KV cache"));
+    RETURN_IF_ERROR(visit(value_exponents_, cache_rows, "KV cache"));
+  }
   RETURN_IF_ERROR(visit(cosines_, RotaryTableSize(), "rotary tables"));
   RETURN_IF_ERROR(visit(sines_, RotaryTableSize(), "rotary tables"));
   const int64_t max_items = int64_t{limits_.max_num_sequences} * MaxChunks();
@@ -208,23 +214,33 @@ void CudaOps::AddLayerNorm1p(Matrix residual, ConstMatrix delta, const WeightVie
         "norm");
 }
 
-void CudaOps::MatMul(ConstMatrix x, const WeightView& w, Matrix out) {
+template <typename Output>
+void CudaOps::Multiply(ConstMatrix x, const WeightView& w, MatrixView<Output> out) {
   if (!status_.ok()) return;
-  CHECK(w.dtype == DType::kBf16 && x.cols == w.cols && out.cols == w.rows && out.rows == x.rows);
-  Check(matmul_->Run(x.data, static_cast<const Bf16*>(w.data), static_cast<int>(x.rows), static_cast<int>(w.rows),
-                     static_cast<int>(w.cols), out.data, stream_.get()));
+  CHECK(x.cols == w.cols && out.cols == w.rows && out.rows == x.rows);
+  const int rows = static_cast<int>(x.rows), outs = static_cast<int>(w.rows), depth = static_cast<int>(w.cols);
+  if (!IsTiles(w.dtype)) {
+    CHECK(w.dtype == DType::kBf16);
+    Check(matmul_->Run(x.data, static_cast<const Bf16*>(w.data), rows, outs, depth, out.data, stream_.get()));
+    return;
+  }
+  Check(QuantizedMatMul(FormatOf(w.dtype), x.data, static_cast<const unsigned char*>(w.data), rows, outs, depth,
+                        out.data, stream_.get()),
+        "quantized product");
 }
 
-void CudaOps::MatMul(ConstMatrix x, const WeightView& w, MatrixView<float> out) {
-  if (!status_.ok()) return;
-  CHECK(w.dtype == DType::kBf16 && x.cols == w.cols && out.cols == w.rows && out.rows == x.rows);
-  Check(matmul_->Run(x.data, static_cast<const Bf16*>(w.data), static_cast<int>(x.rows), static_cast<int>(w.rows),
-                     static_cast<int>(w.cols), out.data, stream_.get()));
-}
+void CudaOps::MatMul(ConstMatrix x, const WeightView& w, Matrix out) { Multiply(x, w, out); }
+void CudaOps::MatMul(ConstMatrix x, const WeightView& w, MatrixView<float> out) { Multiply(x, w, out); }
 
 KvCacheView CudaOps::CacheOf(int layer) const {
-  const int64_t offset = int64_t{layer} * (limits_.num_kv_blocks + 1) * limits_.block_size * config_.key_value_width();
-  return {keys_.data() + offset, values_.data() + offset, config_.num_key_value_heads, block_shift_};
+  const int64_t row = layer * CacheRowsPerLayer(), element = row * config_.head_dim;
+  if (limits_.kv_cache_type == KvCacheType::kFp8) {
+    const Fp8Cache fp8{keys_.data() + element, values_.data() + element, key_exponents_.data() + row,
+                       value_exponents_.data() + row};
+    return {nullptr, nullptr, config_.num_key_value_heads, block_shift_, fp8};
+  }
+  return {reinterpret_cast<Bf16*>(keys_.data()) + element, reinterpret_cast<Bf16*>(values_.data()) + element,
+          config_.num_key_value_heads, block_shift_};
 }
 
 void CudaOps::RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstMatrix k, ConstMatrix v) {

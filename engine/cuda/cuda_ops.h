@@ -111,6 +111,8 @@ class CudaOps {
   template <typename T>
   DeviceBuffer<T> AllocateOrFail(int64_t count, const char* name);
 
+  template <typename Output>
+  void Multiply(ConstMatrix x, const WeightView& w, MatrixView<Output> out);
   // Keeps the first error.
   void Check(const absl::Status& status);
   void Check(cudaError_t error, const char* what);
@@ -124,6 +126,9 @@ class CudaOps {
   AttentionParams Attention(int layer, ConstMatrix q, Matrix out) const;
   KvCacheView CacheOf(int layer) const;
   int64_t ScratchSlot() const { return int64_t{limits_.num_kv_blocks} * limits_.block_size; }
+  int64_t CacheRowsPerLayer() const {  // of one head's key or value
+    return (int64_t{limits_.num_kv_blocks} + 1) * limits_.block_size * config_.num_key_value_heads;
+  }
   int MaxChunks() const { return (limits_.max_context_tokens + kChunkKeys - 1) / kChunkKeys; }
   int64_t RotaryTableSize() const {
     return std::max<int64_t>(1, int64_t{limits_.max_context_tokens} * (config_.rotary_dim / 2));
@@ -148,9 +153,11 @@ class CudaOps {
 
   // The stream is declared before what runs on it, so that it is destroyed after.
   Stream stream_;
-  DeviceBuffer<Bf16> keys_, values_;     // [layer][block][kv head][token][head_dim]; one scratch block behind the last
-  DeviceBuffer<float> cosines_, sines_;  // [max_context, rotary_dim / 2]
-  DeviceBuffer<float> partials_;         // of split rows, by decode item
+  // [layer][block][kv head][token][head_dim] of bf16 or E4M3; one scratch block behind the last.
+  DeviceBuffer<unsigned char> keys_, values_;
+  DeviceBuffer<int8_t> key_exponents_, value_exponents_;  // [layer][block][kv head][token]; E4M3 only
+  DeviceBuffer<float> cosines_, sines_;                   // [max_context, rotary_dim / 2]
+  DeviceBuffer<float> partials_;                          // of split rows, by decode item
   DeviceBuffer<unsigned char> forward_arrays_, sample_arrays_;
   DeviceBuffer<unsigned char> states_;
   DeviceBuffer<float> edited_;

@@ -11,9 +11,9 @@ constexpr int kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kColumns = 8;                   // heads of the group, padded
 constexpr int kWeightStride = kTileKeys + 8;  // padded: rows start in different banks
 
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 struct DecodeShared {
-  static constexpr int kQueries = 2 * TileLayout<kHeadDim>::kStageBytes;  // behind two stages of keys and values
+  static constexpr int kQueries = ReaderLayout<kHeadDim, kFp8>::kBytes;  // behind the keys and values
   static constexpr int kWeights = kQueries + kColumns * kHeadDim * 2;
   static constexpr int kMaxima = kWeights + kColumns * kWeightStride * 2;
   static constexpr int kBytes = kMaxima + kDecodeWarps * kColumns * 4;
@@ -63,10 +63,10 @@ DEVICE void ScoreKeys(const Bf16* keys, const Bf16* queries, float scale, int fi
 }
 
 // One tile: scores, softmax, sums. Between its barriers the warps exchange maxima and weights.
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 DEVICE void DecodeTile(const AttentionParams& p, const Bf16* stage, unsigned char* shared, int first_key, int num_keys,
                        DecodeState<kHeadDim>& state) {
-  using Shared = DecodeShared<kHeadDim>;
+  using Shared = DecodeShared<kHeadDim, kFp8>;
   const Bf16* queries = reinterpret_cast<const Bf16*>(shared + Shared::kQueries);
   Bf16* weights = reinterpret_cast<Bf16*>(shared + Shared::kWeights);  // [column][key]
   float* maxima = reinterpret_cast<float*>(shared + Shared::kMaxima);  // [warp][column]
@@ -156,10 +156,10 @@ DEVICE void StoreResult(const AttentionParams& p, const DecodeItem& item, int it
   }
 }
 
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 KERNEL(kDecodeThreads, 6)
 DecodeKernel(AttentionParams p, const DecodeItem* items, const DecodeCounts* counts, float* partials) {
-  using Shared = DecodeShared<kHeadDim>;
+  using Shared = DecodeShared<kHeadDim, kFp8>;
   unsigned char* shared = SharedMemory();
   const int kv_head = static_cast<int>(BlockIndex().y);
   const int num_items = counts->num_items;
@@ -170,17 +170,13 @@ DecodeKernel(AttentionParams p, const DecodeItem* items, const DecodeCounts* cou
     const int end_key = item.num_keys < first_key + kChunkKeys ? item.num_keys : first_key + kChunkKeys;
     const int num_tiles = (end_key - first_key + kTileKeys - 1) / kTileKeys;
     DecodeState<kHeadDim> state = {{NoMaximum(), NoMaximum()}, {}, {}};
-    LoadTile<kHeadDim, kDecodeThreads>(p, block_ids, kv_head, first_key, item.num_keys, Stage<kHeadDim>(shared, 0));
+    TileReader<kHeadDim, kFp8, kDecodeThreads> reader{p.cache, block_ids, kv_head, item.num_keys, shared};
+    reader.Start(0, first_key);
     LoadQueries<kHeadDim>(p, item.token_row, kv_head, reinterpret_cast<Bf16*>(shared + Shared::kQueries));
     for (int tile = 0; tile < num_tiles; ++tile) {
-      CpAsyncWait<0>();
-      SyncThreads();  // the tile is there, and nobody reads the other stage any more
       const int tile_key = first_key + tile * kTileKeys;
-      if (tile + 1 < num_tiles) {
-        LoadTile<kHeadDim, kDecodeThreads>(p, block_ids, kv_head, tile_key + kTileKeys, item.num_keys,
-                                           Stage<kHeadDim>(shared, tile + 1));
-      }
-      DecodeTile<kHeadDim>(p, Stage<kHeadDim>(shared, tile), shared, tile_key, item.num_keys, state);
+      const Bf16* stage = reader.Await(tile, tile + 1 < num_tiles, tile_key + kTileKeys);
+      DecodeTile<kHeadDim, kFp8>(p, stage, shared, tile_key, item.num_keys, state);
     }
     StoreResult<kHeadDim>(p, item, index, kv_head, partials, state);
     SyncThreads();  // before the next item overwrites the queries
@@ -211,14 +207,14 @@ MergeKernel(AttentionParams p, const MergeRow* rows, const DecodeCounts* counts,
   }
 }
 
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 cudaError_t LaunchDecode(const AttentionParams& p, const DecodeItem* items, const MergeRow* merge_rows,
                          const DecodeCounts* counts, float* partials, int max_blocks, int max_merge_rows,
                          cudaStream_t stream) {
   const auto kv_heads = static_cast<unsigned>(p.cache.num_kv_heads);
   const cudaError_t error =
-      Launch(&DecodeKernel<kHeadDim>, {static_cast<unsigned>(max_blocks), kv_heads}, {kDecodeThreads},
-             DecodeShared<kHeadDim>::kBytes, stream, p, items, counts, partials);
+      Launch(&DecodeKernel<kHeadDim, kFp8>, {static_cast<unsigned>(max_blocks), kv_heads}, {kDecodeThreads},
+             DecodeShared<kHeadDim, kFp8>::kBytes, stream, p, items, counts, partials);
   if (error != cudaSuccess || max_merge_rows == 0) return error;
   return Launch(&MergeKernel<kHeadDim>, {static_cast<unsigned>(max_merge_rows), kv_heads * p.group_size}, {kHeadDim}, 0,
                 stream, p, merge_rows, counts, partials);
@@ -230,8 +226,10 @@ cudaError_t DecodeAttention(const AttentionParams& params, const DecodeItem* ite
                             const DecodeCounts* counts, float* partials, int max_blocks, int max_merge_rows,
                             cudaStream_t stream) {
   if (params.group_size < 1 || params.group_size > kMaxGroupSize) return cudaErrorInvalidValue;
-  const auto launch = params.head_dim == 128 ? &LaunchDecode<128> : params.head_dim == 64 ? &LaunchDecode<64> : nullptr;
-  if (launch == nullptr) return cudaErrorInvalidValue;
+  if (params.head_dim != 128 && params.head_dim != 64) return cudaErrorInvalidValue;
+  const bool fp8 = params.cache.keys == nullptr;
+  const auto launch = params.head_dim == 128 ? (fp8 ? &LaunchDecode<128, true> : &LaunchDecode<128, false>)
+                                             : (fp8 ? &LaunchDecode<64, true> : &LaunchDecode<64, false>);
   return launch(params, items, merge_rows, counts, partials, max_blocks, max_merge_rows, stream);
 }
 

@@ -154,6 +154,14 @@ DEVICE uint32_t PackBf16(float low, float high) {
   return result;
 }
 
+// a * b + c of two bf16 each, rounded to nearest even; subnormal numbers count. The emulation rounds twice, so use it
+// where the result is exact.
+DEVICE uint32_t FmaBf16Pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
 // Enqueues a kernel; see the emulation's twin. Shared memory above 48 KiB has to be asked for.
 template <typename... Parameters, typename... Arguments>
 cudaError_t Launch(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t stream,
@@ -191,6 +199,8 @@ DEVICE float ToFloat(Bf16 x) { return BitsToFloat(static_cast<uint32_t>(x.bits) 
 DEVICE Bf16 ToBf16(float x) { return {static_cast<uint16_t>(PackBf16(x, 0.0f))}; }
 DEVICE float LowHalf(uint32_t pair) { return BitsToFloat(pair << 16); }
 DEVICE float HighHalf(uint32_t pair) { return BitsToFloat(pair & 0xFFFF0000u); }
+
+DEVICE uint32_t MultiplyBf16Pair(uint32_t a, uint32_t b) { return FmaBf16Pair(a, b, 0x80008000u); }  // plus -0
 
 DEVICE int Lane() { return static_cast<int>(ThreadIndex().x % 32); }
 DEVICE int WarpIndex() { return static_cast<int>(ThreadIndex().x / 32); }

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "engine/base/check.h"
 #include "engine/base/status_macros.h"
 
@@ -43,6 +44,13 @@ float ElementAsFloat(const WeightView& weight, int64_t i) {
 
 }  // namespace
 
+WeightFormat FormatOf(DType type) {
+  CHECK(IsTiles(type));
+  return type == DType::kInt8Tiles   ? WeightFormat::kInt8
+         : type == DType::kInt4Tiles ? WeightFormat::kInt4
+                                     : WeightFormat::kE4m3;
+}
+
 void ConvertToBf16(const WeightView& weight, int64_t first, int64_t count, uint16_t* out) {
   if (weight.dtype == DType::kBf16) {
     std::memcpy(out, static_cast<const uint16_t*>(weight.data) + first, static_cast<size_t>(count) * sizeof(uint16_t));
@@ -57,34 +65,73 @@ void ConvertToFloat(const WeightView& weight, int64_t first, int64_t count, floa
 
 namespace {
 
+// What a quantized matrix is stored as. The head decides between near-equal tokens: it never has less than 8 bits.
+DType MatrixType(Quantization quantization) {
+  constexpr DType kTypes[] = {DType::kBf16, DType::kInt8Tiles, DType::kInt4Tiles, DType::kE4m3Tiles};
+  return kTypes[static_cast<int>(quantization)];
+}
+DType HeadType(Quantization quantization) {
+  return MatrixType(quantization == Quantization::kInt4 ? Quantization::kInt8 : quantization);
+}
+
 // Calls visit(view, type on the device) for every tensor.
 template <typename Weights, typename Visit>
-void VisitTensors(Weights& weights, const Visit& visit) {
+void VisitTensors(Weights& weights, Quantization quantization, const Visit& visit) {
+  const DType matrix = MatrixType(quantization);
   visit(weights.embedding, DType::kBf16);
   for (auto& layer : weights.layers) {
     visit(layer.input_norm_weight, DType::kF32);
     visit(layer.input_norm_bias, DType::kF32);
-    visit(layer.q_proj, DType::kBf16);
-    visit(layer.k_proj, DType::kBf16);
-    visit(layer.v_proj, DType::kBf16);
-    visit(layer.o_proj, DType::kBf16);
+    visit(layer.q_proj, matrix);
+    visit(layer.k_proj, matrix);
+    visit(layer.v_proj, matrix);
+    visit(layer.o_proj, matrix);
     visit(layer.post_norm_weight, DType::kF32);
     visit(layer.post_norm_bias, DType::kF32);
-    visit(layer.up_proj, DType::kBf16);
-    visit(layer.down_proj, DType::kBf16);
+    visit(layer.up_proj, matrix);
+    visit(layer.down_proj, matrix);
   }
   visit(weights.final_norm_weight, DType::kF32);
   visit(weights.final_norm_bias, DType::kF32);
-  visit(weights.lm_head, DType::kBf16);
+  visit(weights.lm_head, HeadType(quantization));
+}
+
+// A tensor as units of which any number can cross by itself: elements, or tiles of 16 rows.
+struct Units {
+  int64_t count, bytes;
+};
+Units UnitsOf(const WeightView& view, DType type) {
+  if (!IsTiles(type)) return {view.size(), DTypeBytes(type)};
+  return {NumTiles(view.rows), TileBytes(FormatOf(type), static_cast<int>(view.cols))};
 }
 
 // Part of a tensor that crosses in one copy.
 struct Piece {
   WeightView source;  // host memory
   DType type = DType::kBf16;
-  unsigned char* destination = nullptr;
-  int64_t first = 0, count = 0;  // elements
+  unsigned char* destination = nullptr;  // of the tensor
+  int64_t first = 0, count = 0;          // units
+  int64_t unit_bytes = 0;
 };
+
+// Writes the piece as it lies on the device. `rows` is work space.
+void Convert(const Piece& piece, std::vector<float>& rows, unsigned char* out) {
+  if (piece.type == DType::kBf16) {
+    ConvertToBf16(piece.source, piece.first, piece.count, reinterpret_cast<uint16_t*>(out));
+    return;
+  }
+  if (piece.type == DType::kF32) {
+    ConvertToFloat(piece.source, piece.first, piece.count, reinterpret_cast<float*>(out));
+    return;
+  }
+  const int64_t depth = piece.source.cols;
+  rows.resize(static_cast<size_t>(kTileRows * depth));
+  for (int64_t tile = piece.first; tile < piece.first + piece.count; ++tile, out += piece.unit_bytes) {
+    const int64_t first_row = tile * kTileRows, count = std::min<int64_t>(kTileRows, piece.source.rows - first_row);
+    ConvertToFloat(piece.source, first_row * depth, count * depth, rows.data());
+    QuantizeTile(FormatOf(piece.type), rows.data(), static_cast<int>(count), static_cast<int>(depth), out);
+  }
+}
 
 // Pieces handed out one by one to the threads that copy them.
 class PieceQueue {
@@ -106,7 +153,7 @@ class PieceQueue {
 };
 
 // Copies pieces on a stream of its own. Two pinned buffers take turns: while one crosses, the other is filled (and f16
-// and f32 are rounded to bf16). Any one thread.
+// and f32 are rounded to bf16, matrices quantized). Any one thread.
 class Uploader {
  public:
   ~Uploader() {
@@ -131,19 +178,15 @@ class Uploader {
 
   absl::Status Copy(const Piece& piece, const Turn& turn) {
     RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(turn.crossed.get()), "wait for a copy"));
-    if (piece.type == DType::kBf16) {
-      ConvertToBf16(piece.source, piece.first, piece.count, reinterpret_cast<uint16_t*>(turn.staging.data()));
-    } else {
-      ConvertToFloat(piece.source, piece.first, piece.count, reinterpret_cast<float*>(turn.staging.data()));
-    }
-    const int64_t element_bytes = DTypeBytes(piece.type);
+    Convert(piece, rows_, turn.staging.data());
     RETURN_IF_ERROR(ToStatus(
-        cudaMemcpyAsync(piece.destination + piece.first * element_bytes, turn.staging.data(),
-                        static_cast<size_t>(piece.count * element_bytes), cudaMemcpyHostToDevice, stream_.get()),
+        cudaMemcpyAsync(piece.destination + piece.first * piece.unit_bytes, turn.staging.data(),
+                        static_cast<size_t>(piece.count * piece.unit_bytes), cudaMemcpyHostToDevice, stream_.get()),
         "copy to device"));
     return ToStatus(cudaEventRecord(turn.crossed.get(), stream_.get()), "record event");
   }
 
+  std::vector<float> rows_;
   Turn turns_[2];
   Stream stream_;
 };
@@ -166,31 +209,47 @@ absl::Status UploadPieces(PieceQueue& queue, int64_t staging_bytes) {
 
 }  // namespace
 
-int64_t DeviceWeights::NumBytes(const NemotronWeights& host) {
+int64_t DeviceWeights::NumBytes(const NemotronWeights& host, Quantization quantization) {
   int64_t num_bytes = 0;
-  VisitTensors(host, [&num_bytes](const WeightView& view, DType type) { num_bytes += view.size() * DTypeBytes(type); });
+  VisitTensors(host, quantization, [&num_bytes](const WeightView& view, DType type) {
+    const Units units = UnitsOf(view, type);
+    num_bytes += units.count * units.bytes;
+  });
   return num_bytes;
 }
 
-absl::StatusOr<DeviceWeights> DeviceWeights::Upload(const NemotronWeights& host) {
+absl::Status DeviceWeights::CheckShapes(const NemotronConfig& config, Quantization quantization) {
+  if (quantization == Quantization::kOff) return absl::OkStatus();
+  for (const auto& [name, depth] : {std::pair{"hidden_size", config.hidden_size},
+                                    {"intermediate_size", config.intermediate_size},
+                                    {"num_attention_heads * head_dim", config.query_width()}}) {
+    if (depth % kDepthStep != 0) {
+      return absl::InvalidArgumentError(absl::StrCat("the cuda backend has no kernel for quantized weights with ", name,
+                                                     " ", depth, ": a multiple of ", kDepthStep));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<DeviceWeights> DeviceWeights::Upload(const NemotronWeights& host, Quantization quantization) {
   DeviceWeights device;
   device.weights_ = host;
-  device.num_bytes_ = NumBytes(host);
+  device.num_bytes_ = NumBytes(host, quantization);
   std::vector<Piece> pieces;
   int64_t staging_bytes = 0;
   absl::Status status;
-  VisitTensors(device.weights_, [&](WeightView& view, DType type) {
+  VisitTensors(device.weights_, quantization, [&](WeightView& view, DType type) {
     if (!status.ok()) return;
-    CHECK(!IsPanels(view.dtype));
-    const int64_t element_bytes = DTypeBytes(type);
-    auto buffer = DeviceBuffer<unsigned char>::Allocate(view.size() * element_bytes);
+    CHECK(!IsPanels(view.dtype) && !IsTiles(view.dtype));
+    const Units units = UnitsOf(view, type);
+    auto buffer = DeviceBuffer<unsigned char>::Allocate(units.count * units.bytes);
     status = buffer.status();
     if (!status.ok()) return;
-    const int64_t most = kStagingBytes / element_bytes;
-    for (int64_t first = 0; first < view.size(); first += most) {
-      const int64_t count = std::min(most, view.size() - first);
-      pieces.push_back({view, type, buffer->data(), first, count});
-      staging_bytes = std::max(staging_bytes, count * element_bytes);
+    const int64_t most = std::max<int64_t>(1, kStagingBytes / units.bytes);
+    for (int64_t first = 0; first < units.count; first += most) {
+      const int64_t count = std::min(most, units.count - first);
+      pieces.push_back({view, type, buffer->data(), first, count, units.bytes});
+      staging_bytes = std::max(staging_bytes, count * units.bytes);
     }
     view.data = buffer->data();
     view.dtype = type;

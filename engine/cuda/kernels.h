@@ -26,12 +26,20 @@ cudaError_t AddLayerNorm1p(Bf16* residual, const Bf16* delta, const float* weigh
 // x = max(x, 0)^2 over `count` elements, a multiple of 8; NaN stays NaN.
 cudaError_t SquaredRelu(Bf16* x, int64_t count, cudaStream_t stream);
 
-// The paged KV cache of one layer: keys and values [block][G][token in block][D].
+// Keys and values in E4M3, each row of D with an exponent of its own: see e4m3.cuh.
+struct Fp8Cache {
+  uint8_t* keys;            // [block][G][token in block][D]
+  uint8_t* values;          // the same
+  int8_t* key_exponents;    // [block][G][token in block]
+  int8_t* value_exponents;  // the same
+};
+// The paged KV cache of one layer: keys and values [block][G][token in block][D], in bf16 or in E4M3.
 struct KvCacheView {
-  Bf16* keys;
+  Bf16* keys;  // null: the cache is fp8
   Bf16* values;
   int num_kv_heads;
   int block_shift;  // log2 of the tokens per block
+  Fp8Cache fp8 = {};
 };
 
 // Rotates the first rotary_dim dims of each head of q (in place) and k by the row's position, then stores k and v in

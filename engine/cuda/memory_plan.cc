@@ -9,7 +9,6 @@
 #include "engine/base/log.h"
 #include "engine/cuda/cuda_model_runner.h"
 #include "engine/cuda/cuda_ops.h"
-#include "engine/cuda/device_weights.h"
 
 namespace minitron::engine::cuda {
 namespace {
@@ -46,13 +45,13 @@ int64_t MemoryPlan::total_bytes() const {
   return total;
 }
 
-absl::StatusOr<MemoryPlan> PlanMemory(const NemotronConfig& config, const NemotronWeights& weights,
-                                      const RunnerLimits& limits, int64_t workspace_bytes, const DeviceMemory& memory) {
+absl::StatusOr<MemoryPlan> PlanMemory(const NemotronConfig& config, int64_t weight_bytes, const RunnerLimits& limits,
+                                      int64_t workspace_bytes, const DeviceMemory& memory) {
   RunnerLimits without_cache = limits;
   without_cache.num_kv_blocks = 0;  // the scratch block of padded rows stays
   const int64_t logits_rows = LogitsRows(config, limits);
   MemoryPlan plan;
-  AddUse(plan.uses, "weights", DeviceWeights::NumBytes(weights));
+  AddUse(plan.uses, "weights", weight_bytes);
   AddUse(plan.uses, "matmul workspace", workspace_bytes);
   AddUse(plan.uses, "activations",
          (ForwardBuffers<CudaOps>::NumElements(config, limits.max_num_tokens) + logits_rows * config.hidden_size) *
@@ -66,7 +65,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const NemotronConfig& config, const Nemotr
       AddUse(plan.uses, use.name, use.num_bytes);
     }
   }
-  const int64_t block_bytes = KvBytesPerToken(config) * limits.block_size;
+  const int64_t block_bytes = KvBytesPerToken(config, limits.kv_cache_type) * limits.block_size;
   const int64_t context_blocks = (limits.max_context_tokens + limits.block_size - 1) / limits.block_size;
   // The workspace is taken already.
   const int64_t left = memory.free_bytes - (plan.total_bytes() - workspace_bytes) - cache_bytes - kReserveBytes;

@@ -7,7 +7,6 @@
 #include "absl/status/statusor.h"
 #include "engine/model_config.h"
 #include "engine/model_runner_impl.h"
-#include "engine/nemotron_weights.h"
 
 namespace minitron::engine::cuda {
 
@@ -34,11 +33,11 @@ struct DeviceMemory {
   int64_t total_bytes = 0;
 };
 
-// Plans a runner over `weights`. limits.num_kv_blocks 0: as many blocks as the memory left holds behind the reserve,
+// Plans a runner. limits.num_kv_blocks 0: as many blocks as the memory left holds behind the reserve,
 // but no more than every sequence's full context. `workspace_bytes` is what the products hold already: it is listed,
 // but not asked for again. Error: RESOURCE_EXHAUSTED with the whole sum when it does not fit.
-absl::StatusOr<MemoryPlan> PlanMemory(const NemotronConfig& config, const NemotronWeights& weights,
-                                      const RunnerLimits& limits, int64_t workspace_bytes, const DeviceMemory& memory);
+absl::StatusOr<MemoryPlan> PlanMemory(const NemotronConfig& config, int64_t weight_bytes, const RunnerLimits& limits,
+                                      int64_t workspace_bytes, const DeviceMemory& memory);
 
 // Prints the plan on the log, a line for each purpose and the sum.
 void LogPlan(const MemoryPlan& plan, const RunnerLimits& limits, const DeviceMemory& memory);

@@ -10,9 +10,9 @@ constexpr int kPrefillThreads = 32 * kPrefillWarps;
 constexpr int kColumnTiles = 2;  // of 8 columns per warp
 static_assert(kPrefillWarps * kColumnTiles * 8 == kPrefillColumns);
 
-// Two stages of keys and values, then the queries. 96 KiB at D = 128: what sm_89 has.
-template <int kHeadDim>
-constexpr int kPrefillSharedBytes = 2 * TileLayout<kHeadDim>::kStageBytes + kPrefillColumns* kHeadDim * 2;
+// Keys and values, then the queries. 96 KiB at D = 128, and 256 bytes more for a cache of E4M3: sm_89 has 99.
+template <int kHeadDim, bool kFp8>
+constexpr int kPrefillSharedBytes = ReaderLayout<kHeadDim, kFp8>::kBytes + kPrefillColumns* kHeadDim * 2;
 
 // One column tile of a warp: the chunk at hand and the chunks folded so far. Index i as in MmaBf16's c: the column is
 // 2 * (lane % 4) + i % 2, the dim lane / 4 + 8 * (i / 2) of each 16.
@@ -187,7 +187,7 @@ DEVICE void StoreColumns(const AttentionParams& p, const PrefillTile& tile, int 
   }
 }
 
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 KERNEL(kPrefillThreads)
 PrefillKernel(AttentionParams p, const PrefillTile* tiles) {
   using Layout = TileLayout<kHeadDim>;
@@ -198,7 +198,7 @@ PrefillKernel(AttentionParams p, const PrefillTile* tiles) {
   const int32_t* block_ids = p.block_ids + p.block_start[tile.sequence];
   const int first_column = WarpIndex() * kColumnTiles * 8;
   const int limit = tile.first_position + tile.num_rows;  // keys any row of the tile sees
-  Bf16* queries = reinterpret_cast<Bf16*>(shared + 2 * Layout::kStageBytes);
+  Bf16* queries = reinterpret_cast<Bf16*>(shared + ReaderLayout<kHeadDim, kFp8>::kBytes);
   StageQueries<kHeadDim>(p, tile, kv_head, queries);
   ColumnState<kHeadDim> states[kColumnTiles];
   int last_position = -1;  // of the warp's columns
@@ -216,17 +216,12 @@ PrefillKernel(AttentionParams p, const PrefillTile* tiles) {
   if (first_row < tile.num_rows) {
     last_position = tile.first_position + (last_row < tile.num_rows ? last_row : tile.num_rows - 1);
   }
-  LoadTile<kHeadDim, kPrefillThreads>(p, block_ids, kv_head, 0, limit, Stage<kHeadDim>(shared, 0));
+  TileReader<kHeadDim, kFp8, kPrefillThreads> reader{p.cache, block_ids, kv_head, limit, shared};
+  reader.Start(0, 0);
   const int num_tiles = (limit + kTileKeys - 1) / kTileKeys;
   for (int t = 0; t < num_tiles; ++t) {
-    CpAsyncWait<0>();
-    SyncThreads();  // the tile and the queries are there, and nobody reads the other stage any more
-    if (t + 1 < num_tiles) {
-      LoadTile<kHeadDim, kPrefillThreads>(p, block_ids, kv_head, (t + 1) * kTileKeys, limit,
-                                          Stage<kHeadDim>(shared, t + 1));
-    }
+    const Bf16* stage = reader.Await(t, t + 1 < num_tiles, (t + 1) * kTileKeys);  // the queries are there too
     if (t * kTileKeys <= last_position) {  // else no column of the warp sees the tile: it would change nothing
-      const Bf16* stage = Stage<kHeadDim>(shared, t);
       float scores[kColumnTiles][kTileKeys / 16][4];
       ScoreTile<kHeadDim>(stage, queries, first_column, p.scale, t * kTileKeys, states, scores);
       UNROLL
@@ -247,17 +242,26 @@ PrefillKernel(AttentionParams p, const PrefillTile* tiles) {
   }
 }
 
+template <int kHeadDim, bool kFp8>
+cudaError_t LaunchPrefill(const AttentionParams& p, const PrefillTile* tiles, int num_tiles, cudaStream_t stream) {
+  return Launch(&PrefillKernel<kHeadDim, kFp8>,
+                {static_cast<unsigned>(num_tiles), static_cast<unsigned>(p.cache.num_kv_heads)}, {kPrefillThreads},
+                kPrefillSharedBytes<kHeadDim, kFp8>, stream, p, tiles);
+}
+
 }  // namespace
 
 cudaError_t PrefillAttention(const AttentionParams& params, const PrefillTile* tiles, int num_tiles,
                              cudaStream_t stream) {
   if (params.group_size < 1 || params.group_size > kMaxGroupSize) return cudaErrorInvalidValue;
-  const Dim3 grid = {static_cast<unsigned>(num_tiles), static_cast<unsigned>(params.cache.num_kv_heads)};
+  const bool fp8 = params.cache.keys == nullptr;
   if (params.head_dim == 128) {
-    return Launch(&PrefillKernel<128>, grid, {kPrefillThreads}, kPrefillSharedBytes<128>, stream, params, tiles);
+    return fp8 ? LaunchPrefill<128, true>(params, tiles, num_tiles, stream)
+               : LaunchPrefill<128, false>(params, tiles, num_tiles, stream);
   }
   if (params.head_dim == 64) {
-    return Launch(&PrefillKernel<64>, grid, {kPrefillThreads}, kPrefillSharedBytes<64>, stream, params, tiles);
+    return fp8 ? LaunchPrefill<64, true>(params, tiles, num_tiles, stream)
+               : LaunchPrefill<64, false>(params, tiles, num_tiles, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -1,4 +1,5 @@
 // Ops on rows one by one: copies, LayerNorm, activation, rotary embedding with the cache write.
+#include "engine/cuda/e4m3.cuh"
 #include "engine/cuda/kernels.h"
 
 namespace minitron::engine::cuda {
@@ -102,37 +103,98 @@ KERNEL(kRowThreads) SquaredReluKernel(Bf16* x, int64_t count) {
   Store16(x + i, Pack(values));
 }
 
-// One block per row. Rotated pairs are (j, j + half) of each head.
-KERNEL(kRowThreads) RopeKernel(RopeParams p) {
-  const int64_t t = BlockIndex().x;
-  const int thread = static_cast<int>(ThreadIndex().x);
-  const int half = p.rotary_dim / 2, num_kv_heads = p.cache.num_kv_heads;
-  const float* cosines = p.cosines + int64_t{p.positions[t]} * half;
-  const float* sines = p.sines + int64_t{p.positions[t]} * half;
+// The queries of row t. Rotated pairs are (j, j + half) of each head.
+DEVICE void RotateQueries(const RopeParams& p, int64_t t, const float* cosines, const float* sines) {
+  const int half = p.rotary_dim / 2;
   Bf16* q = p.q + t * p.num_query_heads * p.head_dim;
-  for (int i = thread; i < p.num_query_heads * half; i += kRowThreads) {
+  for (int i = static_cast<int>(ThreadIndex().x); i < p.num_query_heads * half; i += kRowThreads) {
     const int j = i % half;
     Bf16* head = q + i / half * p.head_dim;
     const float low = ToFloat(head[j]), high = ToFloat(head[j + half]);
     head[j] = ToBf16(low * cosines[j] - high * sines[j]);
     head[j + half] = ToBf16(high * cosines[j] + low * sines[j]);
   }
-  const int64_t slot = p.slot_mapping[t];
-  const int64_t block = slot >> p.cache.block_shift;
-  const int64_t offset = slot & ((1 << p.cache.block_shift) - 1);
+}
+
+// Dim `dim` of a head's key, rotated.
+DEVICE float RotatedKey(const Bf16* key, int dim, int rotary_dim, const float* cosines, const float* sines) {
+  const int half = rotary_dim / 2;
+  if (dim >= rotary_dim) return ToFloat(key[dim]);
+  if (dim < half) return ToFloat(key[dim]) * cosines[dim] - ToFloat(key[dim + half]) * sines[dim];
+  return ToFloat(key[dim]) * cosines[dim - half] + ToFloat(key[dim - half]) * sines[dim - half];
+}
+
+// Where the row of head 0 lies in the cache, in rows; the next head's is a block's tokens further.
+DEVICE int64_t CacheRow(const KvCacheView& cache, int64_t slot) {
+  const int64_t block = slot >> cache.block_shift;
+  return ((block * cache.num_kv_heads) << cache.block_shift) + (slot & ((1 << cache.block_shift) - 1));
+}
+
+// One block per row.
+KERNEL(kRowThreads) RopeKernel(RopeParams p) {
+  const int64_t t = BlockIndex().x;
+  const int thread = static_cast<int>(ThreadIndex().x);
+  const int half = p.rotary_dim / 2, num_kv_heads = p.cache.num_kv_heads;
+  const float* cosines = p.cosines + int64_t{p.positions[t]} * half;
+  const float* sines = p.sines + int64_t{p.positions[t]} * half;
+  RotateQueries(p, t, cosines, sines);
+  const int64_t row = CacheRow(p.cache, p.slot_mapping[t]);
   const Bf16* k = p.k + t * num_kv_heads * p.head_dim;
   const Bf16* v = p.v + t * num_kv_heads * p.head_dim;
   for (int i = thread; i < num_kv_heads * p.head_dim; i += kRowThreads) {
     const int head = i / p.head_dim, dim = i % p.head_dim;
-    const int64_t to = (((block * num_kv_heads + head) << p.cache.block_shift) + offset) * p.head_dim + dim;
-    Bf16 key = k[i];
-    if (dim < half) {
-      key = ToBf16(ToFloat(k[i]) * cosines[dim] - ToFloat(k[i + half]) * sines[dim]);
-    } else if (dim < p.rotary_dim) {
-      key = ToBf16(ToFloat(k[i]) * cosines[dim - half] + ToFloat(k[i - half]) * sines[dim - half]);
-    }
-    p.cache.keys[to] = key;
+    const int64_t to = (row + (int64_t{head} << p.cache.block_shift)) * p.head_dim + dim;
+    p.cache.keys[to] = ToBf16(RotatedKey(k + head * p.head_dim, dim, p.rotary_dim, cosines, sines));
     p.cache.values[to] = v[i];
+  }
+}
+
+// The same into a cache of E4M3: one warp per key or value of a head, which shares an exponent.
+template <int kHeadDim>
+KERNEL(kRowThreads)
+RopeFp8Kernel(RopeParams p) {
+  constexpr int kDims = kHeadDim / 32;  // of a lane
+  const int64_t t = BlockIndex().x;
+  const int half = p.rotary_dim / 2, num_kv_heads = p.cache.num_kv_heads;
+  const float* cosines = p.cosines + int64_t{p.positions[t]} * half;
+  const float* sines = p.sines + int64_t{p.positions[t]} * half;
+  RotateQueries(p, t, cosines, sines);
+  const int64_t row = CacheRow(p.cache, p.slot_mapping[t]);
+  for (int i = WarpIndex(); i < 2 * num_kv_heads; i += kRowWarps) {
+    const bool is_value = i >= num_kv_heads;
+    const int head = is_value ? i - num_kv_heads : i;
+    const Bf16* source = (is_value ? p.v : p.k) + (t * num_kv_heads + head) * kHeadDim;
+    const int first = Lane() * kDims;
+    float x[kDims];
+    float largest = 0.0f;
+    bool broken = false;
+    UNROLL
+    for (int d = 0; d < kDims; ++d) {
+      x[d] = is_value ? ToFloat(source[first + d]) : RotatedKey(source, first + d, p.rotary_dim, cosines, sines);
+      broken = broken || NotFinite(x[d]);
+      const float magnitude = BitsToFloat(FloatBits(x[d]) & 0x7FFFFFFFu);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    UNROLL
+    for (int mask = 16; mask > 0; mask /= 2) {
+      const float other = ShuffleXor(largest, mask);
+      largest = other > largest ? other : largest;
+    }
+    broken = Any(broken);
+    const int exponent = broken ? kBrokenRow : RowExponent(largest);
+    const float inverse = InverseOfExponent(exponent);
+    uint32_t bytes = 0;
+    UNROLL
+    for (int d = 0; d < kDims; ++d) bytes |= (broken ? 0u : EncodeE4m3(x[d] * inverse)) << (8 * d);
+    const int64_t to = row + (int64_t{head} << p.cache.block_shift);
+    uint8_t* destination = (is_value ? p.cache.fp8.values : p.cache.fp8.keys) + to * kHeadDim + first;
+    if (kDims == 4) {
+      *reinterpret_cast<uint32_t*>(destination) = bytes;
+    } else {
+      *reinterpret_cast<uint16_t*>(destination) = static_cast<uint16_t>(bytes);
+    }
+    if (Lane() == 0)
+      (is_value ? p.cache.fp8.value_exponents : p.cache.fp8.key_exponents)[to] = static_cast<int8_t>(exponent);
   }
 }
 
@@ -160,7 +222,11 @@ cudaError_t SquaredRelu(Bf16* x, int64_t count, cudaStream_t stream) {
 }
 
 cudaError_t RopeAndStoreKv(const RopeParams& params, int num_rows, cudaStream_t stream) {
-  return Launch(&RopeKernel, {static_cast<unsigned>(num_rows)}, {kRowThreads}, 0, stream, params);
+  const Dim3 grid = {static_cast<unsigned>(num_rows)};
+  if (params.cache.keys != nullptr) return Launch(&RopeKernel, grid, {kRowThreads}, 0, stream, params);
+  if (params.head_dim == 128) return Launch(&RopeFp8Kernel<128>, grid, {kRowThreads}, 0, stream, params);
+  if (params.head_dim == 64) return Launch(&RopeFp8Kernel<64>, grid, {kRowThreads}, 0, stream, params);
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace minitron::engine::cuda

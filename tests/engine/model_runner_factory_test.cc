@@ -67,6 +67,15 @@ TEST(ModelRunnerFactoryTest, Fp32KeysAndValuesTakeTwiceTheMemory) {
   EXPECT_EQ((*CreateModelRunner(options))->model_info().kv_bytes_per_token, 2 * 6 * 2 * 64 * 4);
 }
 
+TEST(ModelRunnerFactoryTest, Fp8KeysAndValuesAreRefusedByTheCpu) {
+  EngineOptions options = TinyOptions();
+  options.backend = Backend::kCpu;
+  options.kv_cache_type = KvCacheType::kFp8;
+  const absl::Status status = CreateModelRunner(options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(status.message(), "kv_cache_type fp8 is for the cuda backend");
+}
+
 TEST(ModelRunnerFactoryTest, CacheHoldsEveryFullContextOfASmallModel) {
   EngineOptions options = TinyOptions();
   options.max_num_sequences = 3;

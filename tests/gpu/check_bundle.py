@@ -10,7 +10,7 @@ import sys
 LIMIT_BYTES = 60 * 1000 * 1000
 OLDEST_GLIBC = (2, 36)
 PROGRAMS = {"minitron-server", "minitron", "row_kernels_test_gpu", "attention_kernels_test_gpu",
-            "sampler_kernels_test_gpu", "cuda_runner_test_gpu"}
+            "quantized_matmul_test_gpu", "sampler_kernels_test_gpu", "cuda_runner_test_gpu"}
 # The C library and its loader belong to the machine, and must match each other.
 OF_THE_MACHINE = re.compile(r"^(linux-vdso|ld-linux[^/]*|libc|libm|libdl|librt|libpthread|libresolv)\.so")
 OF_CUDA = re.compile(r"^lib(cuda|cudart|cublas|cublasLt|nvrtc|nvidia[^/]*)\.so")

@@ -9,8 +9,8 @@ build=$1 bundle=$2
 top=$(cd "$(dirname "$0")/../.." && pwd)
 rm -rf "$bundle"
 mkdir -p "$bundle/bin" "$bundle/lib" "$bundle/deploy/models"
-for program in minitron-server minitron row_kernels_test_gpu attention_kernels_test_gpu sampler_kernels_test_gpu \
-  cuda_runner_test_gpu; do
+for program in minitron-server minitron row_kernels_test_gpu attention_kernels_test_gpu \
+  quantized_matmul_test_gpu sampler_kernels_test_gpu cuda_runner_test_gpu; do
   strip -o "$bundle/bin/$program" "$build/bin/$program"
 done
 # The C library and its loader belong to the machine, and must match each other.

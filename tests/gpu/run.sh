@@ -28,7 +28,7 @@ stage_device() {
 # The kernel tests of the emulation, compiled for the device.
 stage_kernels() {
   local failed=0
-  for test in row_kernels_test_gpu attention_kernels_test_gpu sampler_kernels_test_gpu; do
+  for test in row_kernels_test_gpu attention_kernels_test_gpu quantized_matmul_test_gpu sampler_kernels_test_gpu; do
     timeout 120 "$bundle/bin/$test" --gtest_brief=1 || failed=1
   done
   return $failed

@@ -153,6 +153,12 @@ inline uint32_t PackBf16(float low, float high) {
   return narrow(low) | narrow(high) << 16;
 }
 
+inline uint32_t FmaBf16Pair(uint32_t a, uint32_t b, uint32_t c) {
+  const auto low = [](uint32_t pair) { return BitsToFloat(pair << 16); };
+  const auto high = [](uint32_t pair) { return BitsToFloat(pair & 0xFFFF0000u); };
+  return PackBf16(std::fma(low(a), low(b), low(c)), std::fma(high(a), high(b), high(c)));
+}
+
 // Enqueues kernel(arguments...) on a stream. The arguments are copied now and used when the stream runs.
 template <typename... Parameters, typename... Arguments>
 cudaError_t Launch(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t stream,

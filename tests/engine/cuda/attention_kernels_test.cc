@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "engine/cuda/kernels.h"
@@ -18,11 +19,13 @@ struct Shape {
   int kv_heads = 2;
   int head_dim = 64;
   int block_shift = 4;
+  bool fp8 = false;
   int num_heads() const { return group_size * kv_heads; }
   int width() const { return num_heads() * head_dim; }
 };
 
-// Sequences of random keys and values in shuffled blocks. Slots nobody owns hold NaN, as recycled blocks may.
+// Sequences of random keys and values in shuffled blocks. Slots nobody owns hold NaN, as recycled blocks may. With fp8
+// the values are such that E4M3 holds them: what is tested is the reading, not the rounding.
 class Cache {
  public:
   Cache(const Shape& shape, const std::vector<int>& lengths, uint64_t seed)
@@ -35,6 +38,10 @@ class Cache {
     std::shuffle(free.begin(), free.end(), random_);
     keys_.assign(int64_t{num_blocks} * block_tokens * shape.kv_heads * shape.head_dim, HostBf16(NAN));
     values_ = keys_;
+    key_codes_.assign(keys_.size(), 0xFF);
+    value_codes_ = key_codes_;
+    key_exponents_.assign(keys_.size() / shape.head_dim, -128);
+    value_exponents_ = key_exponents_;
     block_start_.push_back(0);
     for (const int length : lengths) {
       for (int first = 0; first < length; first += block_tokens) {
@@ -73,8 +80,16 @@ class Cache {
     return out;
   }
 
+  void BreakKey(int sequence, int key) {
+    for (int head = 0; head < shape_.kv_heads; ++head)
+      key_exponents_[Offset(sequence, key, head) / shape_.head_dim] = -128;
+  }
   const std::vector<Bf16>& keys() const { return keys_; }
   const std::vector<Bf16>& values() const { return values_; }
+  const std::vector<uint8_t>& key_codes() const { return key_codes_; }
+  const std::vector<uint8_t>& value_codes() const { return value_codes_; }
+  const std::vector<int8_t>& key_exponents() const { return key_exponents_; }
+  const std::vector<int8_t>& value_exponents() const { return value_exponents_; }
   const std::vector<int32_t>& block_ids() const { return block_ids_; }
   const std::vector<int32_t>& block_start() const { return block_start_; }
   std::mt19937_64& random() { return random_; }
@@ -85,11 +100,24 @@ class Cache {
     const std::vector<Bf16> k = RandomBf16(random_, shape_.head_dim), v = RandomBf16(random_, shape_.head_dim);
     std::copy(k.begin(), k.end(), keys_.begin() + at);
     std::copy(v.begin(), v.end(), values_.begin() + at);
+    if (!shape_.fp8) return;
+    Round(at, keys_, key_codes_, key_exponents_);
+    Round(at, values_, value_codes_, value_exponents_);
+  }
+  void Round(int64_t at, std::vector<Bf16>& elements, std::vector<uint8_t>& codes, std::vector<int8_t>& exponents) {
+    std::vector<double> row(shape_.head_dim);
+    for (int d = 0; d < shape_.head_dim; ++d) row[d] = HostFloat(elements[at + d]);
+    const HostFp8Row encoded = EncodeFp8Row(row);
+    for (int d = 0; d < shape_.head_dim; ++d) elements[at + d] = HostBf16(static_cast<float>(encoded.Value(d)));
+    std::copy(encoded.codes.begin(), encoded.codes.end(), codes.begin() + at);
+    exponents[at / shape_.head_dim] = encoded.exponent;
   }
   Shape shape_;
   std::vector<int> lengths_;
   std::mt19937_64 random_;
   std::vector<Bf16> keys_, values_;
+  std::vector<uint8_t> key_codes_, value_codes_;
+  std::vector<int8_t> key_exponents_, value_exponents_;
   std::vector<int32_t> block_ids_, block_start_;
 };
 
@@ -99,6 +127,10 @@ class Device {
   Device(const Shape& shape, const Cache& cache, const std::vector<Bf16>& q)
       : keys_(cache.keys()),
         values_(cache.values()),
+        key_codes_(cache.key_codes()),
+        value_codes_(cache.value_codes()),
+        key_exponents_(cache.key_exponents()),
+        value_exponents_(cache.value_exponents()),
         block_ids_(cache.block_ids()),
         block_start_(cache.block_start()),
         q_(q),
@@ -111,6 +143,12 @@ class Device {
                shape.group_size,
                shape.head_dim,
                1.44269504f / std::sqrt(static_cast<float>(shape.head_dim))};
+    if (!shape.fp8) return;
+    params_.cache = {nullptr,
+                     nullptr,
+                     shape.kv_heads,
+                     shape.block_shift,
+                     {key_codes_.data(), value_codes_.data(), key_exponents_.data(), value_exponents_.data()}};
   }
 
   // Row r is the token at position num_keys[r] - 1 of sequence r.
@@ -143,6 +181,8 @@ class Device {
 
  private:
   DeviceArray<Bf16> keys_, values_;
+  DeviceArray<uint8_t> key_codes_, value_codes_;
+  DeviceArray<int8_t> key_exponents_, value_exponents_;
   DeviceArray<int32_t> block_ids_, block_start_;
   DeviceArray<Bf16> q_, out_;
   AttentionParams params_;
@@ -170,8 +210,8 @@ void ExpectNear(const Shape& shape, const Cache& cache, const std::vector<Bf16>&
 
 TEST(AttentionKernelsTest, DecodeEqualsDoubleReferenceAroundEveryTileEdge) {
   const std::vector<int> lengths = {1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 320, 513};
-  for (const int head_dim : {64, 128}) {
-    const Shape shape{.kv_heads = 1, .head_dim = head_dim, .block_shift = head_dim == 64 ? 4 : 5};
+  for (const auto& [head_dim, fp8] : {std::pair{64, false}, {128, false}, {64, true}, {128, true}}) {
+    const Shape shape{.kv_heads = 1, .head_dim = head_dim, .block_shift = head_dim == 64 ? 4 : 5, .fp8 = fp8};
     Cache cache(shape, lengths, 5);
     const std::vector<Bf16> q = RandomBf16(cache.random(), static_cast<int64_t>(lengths.size()) * shape.width());
     Device device(shape, cache, q);
@@ -199,11 +239,13 @@ TEST(AttentionKernelsTest, EveryGroupSizeIsServedByBothKernels) {
 TEST(AttentionKernelsTest, PrefillEqualsDoubleReferenceAroundEveryTileEdge) {
   struct Case {
     int head_dim, first_position, num_rows;
+    bool fp8 = false;
   };
   // A tile has 21 rows of group 6; keys end around tiles of 64 and chunks of 256.
   for (const Case& c : {Case{64, 0, 1}, Case{64, 0, 21}, Case{64, 43, 21}, Case{64, 44, 20}, Case{128, 50, 21},
-                        Case{128, 240, 21}, Case{64, 505, 16}}) {
-    const Shape shape{.kv_heads = 1, .head_dim = c.head_dim};
+                        Case{128, 240, 21}, Case{64, 505, 16}, Case{64, 0, 1, true}, Case{64, 44, 20, true},
+                        Case{128, 50, 21, true}, Case{128, 250, 8, true}}) {
+    const Shape shape{.kv_heads = 1, .head_dim = c.head_dim, .fp8 = c.fp8};
     Cache cache(shape, {33, c.first_position + c.num_rows}, 9);
     const std::vector<Bf16> q = RandomBf16(cache.random(), (c.num_rows + 2) * shape.width());
     Device device(shape, cache, q);
@@ -220,8 +262,8 @@ TEST(AttentionKernelsTest, PrefillEqualsDoubleReferenceAroundEveryTileEdge) {
 // The contract of the scheduler: it decides by load which kernel a row meets, how prompts are cut and what shares a
 // batch. None of it may show.
 TEST(AttentionKernelsTest, ARowHasTheSameBitsInEitherKernelAndAnyTile) {
-  for (const int head_dim : {64, 128}) {
-    const Shape shape{.kv_heads = 1, .head_dim = head_dim};
+  for (const auto& [head_dim, fp8] : {std::pair{64, false}, {128, false}, {64, true}}) {
+    const Shape shape{.kv_heads = 1, .head_dim = head_dim, .fp8 = fp8};
     constexpr int kLength = 530;  // three chunks
     const std::vector<int> positions = {0, 20, 62, 63, 64, 254, 255, 256, 300, 511, 512, 529};
     Cache cache(shape, {kLength}, 21);
@@ -247,6 +289,19 @@ TEST(AttentionKernelsTest, ARowHasTheSameBitsInEitherKernelAndAnyTile) {
         ASSERT_EQ(prefilled[i].bits, decoded[i].bits) << "prefill alone, key " << position;
       }
     }
+  }
+}
+
+// A key row that was not finite when it was stored reads as NaN, and only its own sequence sees it.
+TEST(AttentionKernelsTest, ABrokenFp8RowReadsAsNan) {
+  const Shape shape{.kv_heads = 1, .fp8 = true};
+  Cache cache(shape, {70, 70}, 4);
+  cache.BreakKey(0, 66);
+  const std::vector<Bf16> q = RandomBf16(cache.random(), 2 * shape.width());
+  const std::vector<Bf16> out = Device(shape, cache, q).Decode({70, 70}, 4, 4);
+  for (int i = 0; i < shape.width(); ++i) {
+    EXPECT_TRUE(std::isnan(HostFloat(out[i])));
+    EXPECT_TRUE(std::isfinite(HostFloat(out[shape.width() + i])));
   }
 }
 

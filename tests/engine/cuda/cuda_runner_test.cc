@@ -12,6 +12,7 @@
 #include "engine/cuda/cublaslt_matmul.h"
 #include "engine/cuda/cuda_model_runner.h"
 #include "engine/cuda/device.h"
+#include "engine/cuda/device_weights.h"
 #include "engine/cuda/memory_plan.h"
 #include "engine/model_config.h"
 #include "engine/nemotron_weights.h"
@@ -45,10 +46,20 @@ std::unique_ptr<MatMul> MakeMatMul() {
 #endif
 }
 
-std::unique_ptr<ModelRunner> MakeCuda(const RandomModel& model, const RunnerLimits& limits) {
-  auto runner = CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, MakeMatMul());
+std::unique_ptr<ModelRunner> MakeQuantized(const RandomModel& model, const RunnerLimits& limits,
+                                           Quantization quantization) {
+  auto runner = CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, MakeMatMul(), quantization);
   EXPECT_TRUE(runner.ok()) << runner.status();
   return *std::move(runner);
+}
+
+std::unique_ptr<ModelRunner> MakeCuda(const RandomModel& model, const RunnerLimits& limits) {
+  return MakeQuantized(model, limits, Quantization::kOff);
+}
+
+std::unique_ptr<ModelRunner> MakeCudaFp8(const RandomModel& model, RunnerLimits limits) {
+  limits.kv_cache_type = KvCacheType::kFp8;
+  return MakeCuda(model, limits);
 }
 
 std::vector<Trace> RunJobs(const std::vector<Job>& jobs, const Schedule& schedule) {
@@ -104,6 +115,32 @@ TEST(CudaRunnerTest, RandomSchedulesEqualAloneBitForBit) {
                       .seed = seed,
                       .overlap = random() % 2 == 0};
     ExpectSame(RunJobs(jobs, {}), RunJobs(jobs, schedule), "seed " + std::to_string(seed));
+  }
+}
+
+TEST(CudaRunnerTest, Fp8CachesKeepTheSameBitsInAnySchedule) {
+  const std::vector<Job> jobs = RandomJobs(31, 5, 50);
+  const auto run = [&jobs](const Schedule& schedule) {
+    return Driver(jobs, schedule, CudaConfig(), &MakeCudaFp8).Run();
+  };
+  const std::vector<Trace> alone = run({});
+  ExpectSame(alone, run({.max_running = kMaxSequences}), "batched");
+  ExpectSame(alone, run({.max_running = 3, .max_chunk = 9, .seed = 2, .overlap = true}), "chunked");
+  ExpectSame(alone, run({.block_size = 8, .max_chunk = 1}), "a token at a time");
+}
+
+TEST(CudaRunnerTest, QuantizedWeightsKeepTheSameBitsInAnySchedule) {
+  const std::vector<Job> jobs = RandomJobs(41, 4, 50);
+  for (const Quantization quantization : {Quantization::kInt8, Quantization::kInt4, Quantization::kFp8}) {
+    const auto run = [&jobs, quantization](const Schedule& schedule) {
+      const auto make = [quantization](const RandomModel& model, const RunnerLimits& limits) {
+        return MakeQuantized(model, limits, quantization);
+      };
+      return Driver(jobs, schedule, CudaConfig(), make).Run();
+    };
+    const std::vector<Trace> alone = run({});
+    ExpectSame(alone, run({.max_running = kMaxSequences}), "batched");
+    ExpectSame(alone, run({.max_running = 3, .max_chunk = 9, .seed = 2, .overlap = true}), "chunked");
   }
 }
 
@@ -259,6 +296,19 @@ TEST(CudaRunnerTest, ASequenceThatIsNotFiniteFailsAlone) {
   EXPECT_TRUE(same(run(*runner, {clean})[0], expected)) << "in the block that held NaN";
 }
 
+TEST(CudaRunnerTest, DepthsWithoutAQuantizedKernelAreRefusedByName) {
+  NemotronConfig config = CudaConfig();
+  config.intermediate_size = 136;
+  const RandomModel model(config, DType::kBf16, 1);
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 4, .max_num_sequences = 2, .max_num_tokens = 32, .max_context_tokens = 64};
+  const auto runner =
+      CreateCudaModelRunner(config, model.weights(), limits, kDevice, MakeMatMul(), Quantization::kInt8);
+  EXPECT_EQ(runner.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(runner.status().message(),
+            "the cuda backend has no kernel for quantized weights with intermediate_size 136: a multiple of 64");
+}
+
 TEST(CudaRunnerTest, ShapesWithoutAKernelAreRefusedByName) {
   NemotronConfig config = CudaConfig();
   config.head_dim = 80;
@@ -308,12 +358,16 @@ TEST(CudaRunnerTest, ThePlanIsWhatIsTaken) {
        .max_num_tokens = 40,
        .max_context_tokens = 640},
         RunnerLimits{.block_size = 32, .max_num_sequences = 1, .max_num_tokens = 8, .max_context_tokens = 64}}) {
-    const int64_t before = FreeBytes();
-    const auto plan = PlanMemory(model.config(), model.weights(), limits, 0, {before, before});
-    ASSERT_TRUE(plan.ok()) << plan.status();
-    const auto runner = MakeCuda(model, limits);
-    EXPECT_EQ(before - FreeBytes(), plan->total_bytes());
-    EXPECT_EQ(runner->num_kv_blocks(), plan->num_kv_blocks);
+    for (const Quantization quantization :
+         {Quantization::kOff, Quantization::kInt8, Quantization::kInt4, Quantization::kFp8}) {
+      const int64_t before = FreeBytes();
+      const auto plan = PlanMemory(model.config(), DeviceWeights::NumBytes(model.weights(), quantization), limits, 0,
+                                   {before, before});
+      ASSERT_TRUE(plan.ok()) << plan.status();
+      const auto runner = MakeQuantized(model, limits, quantization);
+      EXPECT_EQ(before - FreeBytes(), plan->total_bytes());
+      EXPECT_EQ(runner->num_kv_blocks(), plan->num_kv_blocks);
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // Helpers of the kernel tests: arrays on the device, and repetition over the emulation's fiber orders.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -85,6 +86,36 @@ inline float HostFloat(Bf16 value) {
   float result;
   __builtin_memcpy(&result, &bits, sizeof(result));
   return result;
+}
+
+// E4M3 on the host, by the definition of the format.
+inline double HostE4m3(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const double magnitude = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+  return (code & 0x80) != 0 ? -magnitude : magnitude;
+}
+// A row of the fp8 cache: the codes nearest to row * 2^-exponent (ties to the even code), found by trying all.
+struct HostFp8Row {
+  std::vector<uint8_t> codes;
+  int8_t exponent = 0;
+  double Value(size_t i) const { return std::ldexp(HostE4m3(codes[i]), exponent); }
+};
+inline HostFp8Row EncodeFp8Row(const std::vector<double>& row) {
+  double largest = 0.0;
+  for (const double x : row) largest = std::max(largest, std::abs(x));
+  HostFp8Row encoded;
+  encoded.exponent = -100;
+  while (std::ldexp(largest, -encoded.exponent) > 448.0 && encoded.exponent < 7) ++encoded.exponent;
+  for (const double x : row) {
+    const double scaled = std::ldexp(std::abs(x), -encoded.exponent);
+    uint8_t best = 0;
+    for (uint8_t code = 1; code < 0x7F; ++code) {
+      const double nearer = std::abs(HostE4m3(best) - scaled) - std::abs(HostE4m3(code) - scaled);
+      if (nearer > 0.0 || (nearer == 0.0 && code % 2 == 0)) best = code;
+    }
+    encoded.codes.push_back(static_cast<uint8_t>(best | (std::signbit(x) ? 0x80 : 0)));
+  }
+  return encoded;
 }
 
 // Normally distributed bf16 values.

@@ -199,6 +199,90 @@ TEST(RowKernelsTest, RopeRotatesTheLeadingDimsAndStoresKeysAndValues) {
   }
 }
 
+// Keys are rotated in fp32 and values read as they are; then both are the nearest codes. A rotated key may lie so near
+// the middle of two codes that double and fp32 disagree: one code apart then.
+TEST(RowKernelsTest, RopeStoresTheNearestFp8CodesAndTheirExponents) {
+  for (const int head_dim : {64, 128}) {
+    ForEachOrder([head_dim] {
+      constexpr int kRows = 4, kHeads = 3, kPositions = 8, kBlocks = 3, kBlockTokens = 8, kShift = 3;
+      const int half = head_dim / 4, width = kHeads * head_dim;
+      std::mt19937_64 random(head_dim);
+      std::vector<float> cosines, sines;
+      for (int i = 0; i < kPositions * half; ++i) {
+        cosines.push_back(std::cos(0.1f * static_cast<float>(i)));
+        sines.push_back(std::sin(0.1f * static_cast<float>(i)));
+      }
+      std::vector<Bf16> k = RandomBf16(random, kRows * width, 2.0f), v = RandomBf16(random, kRows * width);
+      for (int d = 0; d < head_dim; ++d) {
+        v[d] = HostBf16(0.0f);                                   // a row of zeros
+        v[width + d] = HostBf16(1e-4f * static_cast<float>(d));  // small
+        v[2 * width + d] =
+            HostBf16(d == 5 ? 448.0f : 0.01f * static_cast<float>(d));  // with codes below the normal ones
+        k[3 * width + d] = HostBf16(d == 9 ? INFINITY : 1.0f);          // broken
+      }
+      const DeviceArray<Bf16> device_k(k), device_v(v);
+      DeviceArray<Bf16> q(RandomBf16(random, kRows * width));
+      const std::vector<int32_t> positions = {0, 3, 7, 1};
+      const std::vector<int64_t> slots = {17, 2, 8, 5};
+      const DeviceArray<int32_t> device_positions(positions);
+      const DeviceArray<int64_t> device_slots(slots);
+      const DeviceArray<float> device_cosines(cosines), device_sines(sines);
+      DeviceArray<uint8_t> keys(kBlocks * kBlockTokens * width), values(kBlocks * kBlockTokens * width);
+      DeviceArray<int8_t> key_exponents(kBlocks * kBlockTokens * kHeads),
+          value_exponents(kBlocks * kBlockTokens * kHeads);
+      const RopeParams params{q.data(),
+                              device_k.data(),
+                              device_v.data(),
+                              device_positions.data(),
+                              device_slots.data(),
+                              device_cosines.data(),
+                              device_sines.data(),
+                              {nullptr,
+                               nullptr,
+                               kHeads,
+                               kShift,
+                               {keys.data(), values.data(), key_exponents.data(), value_exponents.data()}},
+                              kHeads,
+                              head_dim,
+                              2 * half};
+      ASSERT_EQ(RopeAndStoreKv(params, kRows, TestStream()), cudaSuccess);
+      const auto new_keys = keys.Get(), new_values = values.Get();
+      const auto new_key_exponents = key_exponents.Get(), new_value_exponents = value_exponents.Get();
+      for (int t = 0; t < kRows; ++t) {
+        for (int head = 0; head < kHeads; ++head) {
+          std::vector<double> key(head_dim), value(head_dim);
+          for (int d = 0; d < head_dim; ++d) {
+            const auto at = [&](int dim) { return double{HostFloat(k[t * width + head * head_dim + dim])}; };
+            const double cosine = double{cosines[positions[t] * half + d % half]};
+            const double sine = double{sines[positions[t] * half + d % half]};
+            key[d] = d >= 2 * half ? at(d)
+                     : d < half    ? at(d) * cosine - at(d + half) * sine
+                                   : at(d) * cosine + at(d - half) * sine;
+            value[d] = HostFloat(v[t * width + head * head_dim + d]);
+          }
+          const int64_t row = (slots[t] / kBlockTokens * kHeads + head) * kBlockTokens + slots[t] % kBlockTokens;
+          const HostFp8Row want_value = EncodeFp8Row(value);
+          ASSERT_EQ(new_value_exponents[row], want_value.exponent);
+          for (int d = 0; d < head_dim; ++d) ASSERT_EQ(new_values[row * head_dim + d], want_value.codes[d]) << d;
+          if (t == 3 && head == 0) {
+            ASSERT_EQ(new_key_exponents[row], -128) << "reads as NaN";
+            continue;
+          }
+          const HostFp8Row want_key = EncodeFp8Row(key);
+          ASSERT_EQ(new_key_exponents[row], want_key.exponent);
+          int different = 0;
+          for (int d = 0; d < head_dim; ++d) {
+            const int apart = std::abs(int{new_keys[row * head_dim + d]} - int{want_key.codes[d]});
+            ASSERT_LE(apart, 1);
+            different += apart;
+          }
+          ASSERT_LE(different, 1);
+        }
+      }
+    });
+  }
+}
+
 TEST(RowKernelsTest, ReferenceMatMulEqualsDoubleReference) {
   for (const int depth : {1, 7, 8, 9, 64, 200}) {
     for (const int outs : {1, 127, 128, 129}) {

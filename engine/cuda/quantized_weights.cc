@@ -1,0 +1,124 @@
+#include "engine/cuda/quantized_weights.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "engine/base/check.h"
+
+namespace minitron::engine::cuda {
+namespace {
+
+uint16_t RoundToBf16(float value) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+float Widen(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+
+float Largest(const float* values, int count) {
+  float largest = 0.0f;
+  for (int i = 0; i < count; ++i) largest = std::max(largest, std::abs(values[i]));
+  return largest;
+}
+
+int Nearest(float value, float inverse, int low, int high) {
+  return std::clamp(static_cast<int>(std::lrintf(value * inverse)), low, high);
+}
+
+// The bf16 scale of a group of int4: of a few around the largest magnitude / 7.5, the one with the least squared error.
+// Below that the largest weights are cut and the many small ones gain.
+uint16_t Int4Scale(const float* values, int count) {
+  constexpr float kDivisors[] = {7.0f, 7.5f, 8.0f, 8.5f, 9.25f};
+  const float largest = Largest(values, count);
+  uint16_t best = 0;
+  float least = INFINITY;
+  for (const float divisor : kDivisors) {
+    const uint16_t candidate = RoundToBf16(largest / divisor);
+    const float scale = Widen(candidate), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    float error = 0.0f;
+    for (int i = 0; i < count; ++i) {
+      const float difference = values[i] - scale * static_cast<float>(Nearest(values[i], inverse, -8, 7));
+      error += difference * difference;
+    }
+    if (error < least) least = error, best = candidate;
+  }
+  return best;
+}
+
+// The nearest code to a value of at most 448; ties to the even code.
+uint8_t NearestE4m3(float value) {
+  const float magnitude = std::min(std::abs(value), 448.0f);
+  int exponent = 0;
+  std::frexp(magnitude, &exponent);                                     // in [2^(exponent - 1), 2^exponent)
+  const float unit = std::ldexp(1.0f, std::max(exponent - 1, -6) - 3);  // three bits behind the first
+  const float rounded = std::nearbyint(magnitude / unit) * unit;
+  int code = 0;
+  if (rounded < 0x1.0p-6f) {
+    code = static_cast<int>(rounded * 512.0f);
+  } else {
+    code = static_cast<int>((std::bit_cast<uint32_t>(rounded) >> 20) - (120u << 3));
+  }
+  return static_cast<uint8_t>(code | (std::signbit(value) ? 0x80 : 0));
+}
+
+// Where a weight lies among its tile's: operand A has rows lane / 4 and + 8, inputs 2 * (lane % 4) + {0, 1} and + 8.
+struct Place {
+  int64_t lane;
+  int64_t word;  // of the lane's four registers per 16 inputs
+  int64_t half;  // of the register
+};
+Place PlaceOf(int row, int input) { return {row % 8 * 4 + input % 8 / 2, row / 8 + input % 16 / 8 * 2, input % 2}; }
+
+// 8 bits: a chunk of 32 inputs is two steps of 16; a lane's byte is step * 8 + word * 2 + half.
+void PutByte(unsigned char* tile, int row, int input, uint8_t value) {
+  const Place place = PlaceOf(row, input);
+  tile[int64_t{input / 32} * 512 + place.lane * 16 + int64_t{input % 32 / 16} * 8 + place.word * 2 + place.half] =
+      value;
+}
+// 4 bits: a chunk of 64 inputs is four steps, each a 32-bit word; the register's halves are 16 bits apart in it.
+void PutNibble(unsigned char* tile, int row, int input, int value) {
+  const Place place = PlaceOf(row, input);
+  unsigned char* byte = tile + int64_t{input / 64} * 512 + place.lane * 16 + int64_t{input % 64 / 16} * 4 +
+                        place.half * 2 + place.word / 2;
+  *byte = static_cast<unsigned char>(*byte | (value + 8) << (place.word % 2 * 4));
+}
+
+}  // namespace
+
+void QuantizeTile(WeightFormat format, const float* weights, int rows, int depth, unsigned char* tile) {
+  CHECK(rows > 0 && rows <= kTileRows && depth % kDepthStep == 0);
+  std::memset(tile, 0, static_cast<size_t>(TileBytes(format, depth)));
+  const int group = GroupSize(format, depth);
+  auto* scales = reinterpret_cast<uint16_t*>(tile + TileWeightBytes(format, depth));
+  for (int row = 0; row < kTileRows; ++row) {
+    for (int first = 0; first < depth; first += group) {
+      // int4's zero is not a zero byte, and 0 * 0 would do, but a defined weight is easier to reason about.
+      const float* values = row < rows ? weights + int64_t{row} * depth + first : nullptr;
+      uint16_t scale_bits = 0;
+      if (values != nullptr) {
+        scale_bits = format == WeightFormat::kInt4
+                         ? Int4Scale(values, group)
+                         : RoundToBf16(Largest(values, group) / (format == WeightFormat::kInt8 ? 127.0f : 448.0f));
+      }
+      const float scale = Widen(scale_bits), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+      scales[first / group * kTileRows + row] = scale_bits;
+      for (int i = 0; i < group; ++i) {
+        const float value = values != nullptr ? values[i] : 0.0f;
+        switch (format) {
+          case WeightFormat::kInt8:
+            PutByte(tile, row, first + i, static_cast<uint8_t>(Nearest(value, inverse, -127, 127)));
+            break;
+          case WeightFormat::kInt4:
+            PutNibble(tile, row, first + i, Nearest(value, inverse, -8, 7));
+            break;
+          case WeightFormat::kE4m3:
+            PutByte(tile, row, first + i, NearestE4m3(value * inverse));
+            break;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace minitron::engine::cuda

@@ -1,0 +1,43 @@
+// Matrices of 8 or 4 bits per weight as the device reads them: quantized on the host when a model is loaded, multiplied
+// by quantized_matmul.cu.
+//
+// A matrix is cut into tiles of 16 rows (outputs). A tile holds its rows' weights in the order in which the lanes of a
+// warp need them as operand A of the mma instruction, then its scales. Rows past the last are zeros.
+//   weights  [depth / kChunk][lane][16 bytes], a chunk of 32 inputs (8 bits) or 64 (4 bits)
+//   scales   [group][16 rows] bf16; a weight is its number times the scale of its row and group
+#pragma once
+
+#include <cstdint>
+
+#include "engine/cuda/device.h"
+
+namespace minitron::engine::cuda {
+
+// int8: groups of 64, numbers in [-127, 127]. int4: groups of 32, numbers in [-8, 7]. E4M3: one scale per row.
+enum class WeightFormat { kInt8, kInt4, kE4m3 };
+
+inline constexpr int kTileRows = 16;
+inline constexpr int kDepthStep = 64;  // depths are multiples of it
+
+HOST_DEVICE constexpr int GroupSize(WeightFormat format, int depth) {
+  return format == WeightFormat::kInt8 ? 64 : format == WeightFormat::kInt4 ? 32 : depth;
+}
+HOST_DEVICE constexpr int64_t TileWeightBytes(WeightFormat format, int depth) {
+  return int64_t{kTileRows} * depth / (format == WeightFormat::kInt4 ? 2 : 1);
+}
+HOST_DEVICE constexpr int64_t TileBytes(WeightFormat format, int depth) {
+  return TileWeightBytes(format, depth) + int64_t{2} * kTileRows * (depth / GroupSize(format, depth));
+}
+HOST_DEVICE constexpr int64_t NumTiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+// Quantizes one tile: `rows` rows (at most 16) of `depth` numbers each, into TileBytes of memory. Host only.
+void QuantizeTile(WeightFormat format, const float* weights, int rows, int depth, unsigned char* tile);
+
+// out = x * w^T, sums in fp32 in one order per output whatever the number of rows.   x [rows, depth], out [rows, outs]
+// `tiles`: NumTiles(outs) tiles. Requires: depth a multiple of kDepthStep.
+cudaError_t QuantizedMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs,
+                            int depth, Bf16* out, cudaStream_t stream);
+cudaError_t QuantizedMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs,
+                            int depth, float* out, cudaStream_t stream);
+
+}  // namespace minitron::engine::cuda

@@ -151,14 +151,17 @@ int Run(const ServerOptions& options) {
   const auto vllm_metrics = std::make_shared<VllmMetrics>((*serving)->metrics().registry());
   if (options.metrics_compat == "vllm") metrics_server->Publish(vllm_metrics);
   const int metrics_port = metrics_server->port();
-  const absl::Status announced =
-      WritePortFile(options.port_file,
-                    {{"grpc", (*serving)->port()}, {"metrics", metrics_port}, {"health", (*serving)->health_port()}});
+  const absl::Status announced = WritePortFile(options.port_file, {{"grpc", (*serving)->port()},
+                                                                   {"metrics", metrics_port},
+                                                                   {"health", (*serving)->health_port()},
+                                                                   {"http", (*serving)->http_port()}});
   if (!announced.ok()) lifecycle.RequestDrain();
-  const std::string health =
-      options.health_port < 0 ? "" : absl::StrFormat(" health=%s:%d", options.host, (*serving)->health_port());
+  std::string optional_ports;
+  for (const auto& [name, port] : {std::pair("health", (*serving)->health_port()), {"http", (*serving)->http_port()}}) {
+    if (port > 0) absl::StrAppendFormat(&optional_ports, " %s=%s:%d", name, options.host, port);
+  }
   base::LogInfo(absl::StrFormat("ready grpc=%s:%d metrics=%s:%d%s in %.2f s", options.host, (*serving)->port(),
-                                options.host, metrics_port, health, SecondsSince(start)));
+                                options.host, metrics_port, optional_ports, SecondsSince(start)));
 
   const ExitCode code = (*serving)->ServeUntilEnd();
   return announced.ok() ? code : Fail(kExitUsage, announced);

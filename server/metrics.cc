@@ -37,6 +37,19 @@ constexpr const char* kMethods[] = {
     // inference.GRPCInferenceService
     "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer", "ModelStreamInfer",
     "ModelConfig", "ModelStatistics"};
+constexpr const char* kHttpPaths[] = {"/",
+                                      "/v1/models",
+                                      "/v1/completions",
+                                      "/v1/chat/completions",
+                                      "/tokenize",
+                                      "/detokenize",
+                                      "/tokenizer_info",
+                                      "/load",
+                                      "/healthz",
+                                      "/readyz",
+                                      "other"};
+// What these paths answer; 499 is a client that went away, and stands for any other code.
+constexpr int kHttpCodes[] = {200, 400, 401, 403, 404, 405, 409, 413, 429, 499, 500, 501, 503, 504};
 constexpr int kNumCodes = static_cast<int>(grpc::StatusCode::UNAUTHENTICATED) + 1;
 
 // 1, 2, 5, 10, ... up to the first bound that is at least `limit`.
@@ -115,6 +128,7 @@ Metrics::Metrics(const MetricsOptions& options)
   AddPhases();
   AddInfo(options);
   AddRpcs();
+  AddHttp();
 }
 
 Metrics::~Metrics() = default;
@@ -229,6 +243,26 @@ void Metrics::AddRpcs() {
       rpcs_[method].push_back(&family.Add({{"method", method}, {"code", name}}));
     }
   }
+}
+
+void Metrics::AddHttp() {
+  auto& family = prometheus::BuildCounter()
+                     .Name("minitron_http_requests_total")
+                     .Help("Answered HTTP requests, by path and code.")
+                     .Labels(labels_)
+                     .Register(*registry_);
+  for (const char* path : kHttpPaths) {
+    for (const int code : kHttpCodes) {
+      http_[path][code] = &family.Add({{"path", path}, {"code", absl::StrCat(code)}});
+    }
+  }
+}
+
+void Metrics::CountHttp(const std::string& path, int code) {
+  const auto found = http_.find(path);
+  CHECK(found != http_.end());
+  const auto counter = found->second.find(code);
+  (counter != found->second.end() ? counter->second : found->second.at(499))->Increment();
 }
 
 void Metrics::RecordStep(const scheduler::StepStats& stats, const StepObservations& observations) {

@@ -84,6 +84,9 @@ class Metrics {
 
   // `method` is one of ours ("GenerateStream").
   void CountRpc(const std::string& method, grpc::StatusCode code);
+  // `path` is one of ours ("/v1/completions"); `code` is an HTTP code, 0 when the client went away before there was
+  // one.
+  void CountHttp(const std::string& path, int code);
   void StreamOpened();
   void StreamClosed();
   // `reason` is one of queue_full, tokens_full, bytes_full, deadline, draining, invalid, duplicate, quota, auth, error.
@@ -107,6 +110,7 @@ class Metrics {
   void AddPhases();
   void AddInfo(const MetricsOptions& options);
   void AddRpcs();
+  void AddHttp();
   void AddToTotals(const scheduler::StepStats& stats, const StepObservations& observations);
 
   std::shared_ptr<prometheus::Registry> registry_ = std::make_shared<prometheus::Registry>();
@@ -122,8 +126,9 @@ class Metrics {
   prometheus::Counter *write_stalls_, *engine_errors_, *outbox_wait_seconds_;
   prometheus::Counter* finished_[kNumCallOutcomes];
   std::map<std::string, prometheus::Counter*> rejections_;
-  std::map<std::string, std::vector<prometheus::Counter*>> rpcs_;  // by method, then by code
-  std::vector<Phase> phases_;                                      // prefill, decode, mixed
+  std::map<std::string, std::vector<prometheus::Counter*>> rpcs_;    // by method, then by code
+  std::map<std::string, std::map<int, prometheus::Counter*>> http_;  // by path, then by code
+  std::vector<Phase> phases_;                                        // prefill, decode, mixed
   std::unique_ptr<HistogramCell> ttft_, itl_, tpot_, e2e_, queue_, prefill_, decode_, inference_;
   std::unique_ptr<HistogramCell> request_prompt_tokens_, request_generation_tokens_, batch_size_, step_tokens_;
 };

@@ -95,6 +95,9 @@ const std::vector<Flag>& Flags() {
       Switch("self-test", &O::self_test, "run the model on a fixed prompt before ready"),
       Switch("reflection", &O::reflection, "gRPC server reflection; with --auth-file for known tokens only"),
       Switch("channelz", &O::channelz, "gRPC channelz; with --auth-file for the role admin only"),
+      Int("http-port", &O::http_port, -1, 65535, "OpenAI-compatible HTTP port; 0 any free, -1 none"),
+      Int("http-threads", &O::http_threads, 1, 1024, "HTTP requests answered at once; more wait"),
+      Text("chat-template", &O::chat_template, "none or nemotron-mini: how /v1/chat/completions makes a prompt"),
       Switch("open-inference", &O::open_inference, "Open Inference Protocol (Triton's clients) on the gRPC port"),
       Switch("add-bos", &O::add_bos, "prepend BOS to text prompts unless a request says otherwise"),
       Switch("help", &O::show_help, "print this and exit"),
@@ -264,6 +267,7 @@ absl::Status CheckTogether(const ServerOptions& options) {
   RETURN_IF_ERROR(CheckOneOf("kv-cache-dtype", options.kv_cache_dtype, {"bf16", "fp32", "fp8"}));
   RETURN_IF_ERROR(CheckOneOf("log-format", options.log_format, {"text", "json"}));
   RETURN_IF_ERROR(CheckOneOf("metrics-compat", options.metrics_compat, {"none", "vllm"}));
+  RETURN_IF_ERROR(CheckOneOf("chat-template", options.chat_template, {"none", "nemotron-mini"}));
   RETURN_IF_ERROR(CheckTls(options));
   if (options.max_step_tokens < options.max_num_sequences) {
     return BadValue("--max-step-tokens", absl::StrCat(options.max_step_tokens),
@@ -272,6 +276,10 @@ absl::Status CheckTogether(const ServerOptions& options) {
   }
   if (options.port != 0 && options.port == options.metrics_port) {
     return BadValue("--metrics-port", absl::StrCat(options.metrics_port), "the same as --port");
+  }
+  if (options.http_port > 0 && (options.http_port == options.port || options.http_port == options.metrics_port ||
+                                options.http_port == options.health_port)) {
+    return BadValue("--http-port", absl::StrCat(options.http_port), "the same as another port");
   }
   if (options.health_port > 0 && (options.health_port == options.port || options.health_port == options.metrics_port)) {
     return BadValue("--health-port", absl::StrCat(options.health_port), "the same as another port");

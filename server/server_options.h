@@ -69,6 +69,9 @@ struct ServerOptions {
   bool reflection = true;
   bool channelz = false;
   bool open_inference = true;
+  int http_port = -1;  // -1: none, 0: any free one
+  int http_threads = 32;
+  std::string chat_template = "none";
   bool add_bos = false;
   bool show_help = false;
   bool show_version = false;

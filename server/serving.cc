@@ -99,6 +99,20 @@ GrpcServerOptions MakeGrpcOptions(const ServerOptions& options, TlsStore* tls) {
   return result;
 }
 
+compat::HttpOptions MakeHttpOptions(const ServerOptions& options) {
+  compat::HttpOptions result;
+  result.host = options.host;
+  result.port = options.http_port;
+  result.num_threads = options.http_threads;
+  result.max_body_bytes = int64_t{options.max_receive_mib} << 20;
+  result.timeout_ms = static_cast<int>(options.write_stall_timeout_s * 1000);
+  return result;
+}
+
+compat::ChatTemplate ChatTemplateOf(const ServerOptions& options) {
+  return options.chat_template == "nemotron-mini" ? compat::ChatTemplate::kNemotronMini : compat::ChatTemplate::kNone;
+}
+
 }  // namespace
 
 absl::StatusOr<Security> OpenSecurity(const ServerOptions& options) {
@@ -167,6 +181,10 @@ absl::StatusOr<std::unique_ptr<Serving>> Serving::Start(const ServerOptions& opt
   std::unique_ptr<Serving> serving(new Serving(options, model, lifecycle, std::move(security)));
   ASSIGN_OR_RETURN(serving->grpc_server_,
                    GrpcServer::Start(MakeGrpcOptions(options, serving->security_.tls.get()), &serving->context_));
+  if (options.http_port >= 0) {
+    ASSIGN_OR_RETURN(serving->http_,
+                     compat::OpenAiHttp::Start(MakeHttpOptions(options), ChatTemplateOf(options), &serving->context_));
+  }
   serving->output_.Start();
   serving->core_.Start();
   serving->StartWatching();
@@ -266,6 +284,7 @@ void Serving::Drain() {
 // The listener first: calls use the threads, and the output thread tells the listener of a failure.
 void Serving::Stop(std::chrono::milliseconds grace) {
   grpc_server_->Shutdown(grace);
+  http_.reset();
   reload_thread_.reset();
   // The watchdog last: what is waited for here may hang too.
   core_.Stop();

@@ -14,6 +14,7 @@
 #include "scheduler/engine_core.h"
 #include "server/audit_log.h"
 #include "server/auth.h"
+#include "server/compat/openai_http.h"
 #include "server/grpc_server.h"
 #include "server/hang_detector.h"
 #include "server/lifecycle.h"
@@ -73,6 +74,7 @@ class Serving {
 
   int port() const { return grpc_server_->port(); }
   int health_port() const { return grpc_server_->health_port(); }
+  int http_port() const { return http_ == nullptr ? 0 : http_->port(); }
   Metrics& metrics() { return metrics_; }
 
  private:
@@ -94,7 +96,8 @@ class Serving {
   OutputProcessor output_;
   scheduler::EngineCore core_;
   ServerContext context_;
-  std::unique_ptr<GrpcServer> grpc_server_;  // null only while Start fails
+  std::unique_ptr<GrpcServer> grpc_server_;   // null only while Start fails
+  std::unique_ptr<compat::OpenAiHttp> http_;  // null unless an option turns it on
   Readiness readiness_;
   std::function<void()> on_hang_;
 

@@ -22,13 +22,14 @@ class Server:
         self._folder = tempfile.TemporaryDirectory()
         port_file = pathlib.Path(self._folder.name) / "ports"
         self._log = []
+        self._terminated = False
         self._process = subprocess.Popen(
             [BINARY, "--model", str(ROOT / "deploy/models/minitron-tiny"), "--host", "127.0.0.1", "--port", "0",
              "--metrics-port", "0", "--port-file", str(port_file), "--kv-cache-mib", "16", "--threads", "1", *flags],
             stderr=subprocess.PIPE, text=True)
         for line in self._process.stderr:
             self._log.append(line)
-            if " ready " in line or line.startswith("ready") or " ready grpc=" in line:
+            if " ready grpc=" in line:
                 break
         else:
             raise RuntimeError("the server did not start:\n" + "".join(self._log))
@@ -38,8 +39,14 @@ class Server:
     def address(self):
         return "127.0.0.1:" + self.ports["grpc"]
 
+    def terminate(self):
+        """Starts a drain. A second signal would end the process at once, so there is none."""
+        if not self._terminated:
+            self._process.terminate()
+        self._terminated = True
+
     def stop(self):
-        self._process.terminate()
+        self.terminate()
         self._log.append(self._process.stderr.read())
         code = self._process.wait()
         self._process.stderr.close()

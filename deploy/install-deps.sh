@@ -2,11 +2,12 @@
 # Installs what the project needs from the distribution (Debian 12, Ubuntu 24.04). Idempotent, asks nothing, and does
 # not touch the package manager when everything is there.
 #
-# Usage: deploy/install-deps.sh [build] [test] [clients] [image] [lint] [golden]     (default: build)
+# Usage: deploy/install-deps.sh [build] [test] [clients] [image] [browser] [lint] [golden]     (default: build)
 #   build   compilers and libraries for the server and the clients
 #   test    GoogleTest, Google Benchmark, Prometheus and promtool, Python with gRPC and YAML
 #   clients the foreign clients of the integration tests, from PyPI into build/venv
 #   image   buildah and debootstrap, to build the image without a registry
+#   browser Chromium and its driver from PyPI (build/venv-browser), to test the page as a person sees it
 #   lint    clang-format and clang-tidy
 #   golden  PyTorch, only to make the golden files anew (tests/engine/goldens)
 set -euo pipefail
@@ -22,22 +23,24 @@ build_packages=(
 test_packages=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf python3-yaml curl binutils haproxy openssl)
 clients_packages=(python3 python3-venv)
 image_packages=(buildah debootstrap crun)
+browser_packages=(chromium fonts-dejavu-core python3 python3-venv)
 lint_packages=(clang-format clang-tidy)
 golden_packages=(python3 python3-venv python3-torch)
 
 packages=()
 want_prometheus=no
-want_venv=no
+venvs=()
 for group in "${@:-build}"; do
   case $group in
     build) packages+=("${build_packages[@]}") ;;
     test) packages+=("${test_packages[@]}") want_prometheus=yes ;;
-    clients) packages+=("${clients_packages[@]}") want_venv=yes ;;
+    clients) packages+=("${clients_packages[@]}") venvs+=(clients) ;;
     image) packages+=("${image_packages[@]}") ;;
+    browser) packages+=("${browser_packages[@]}") venvs+=(browser) ;;
     lint) packages+=("${lint_packages[@]}") ;;
     golden) packages+=("${golden_packages[@]}") ;;
     *)
-      echo "install-deps: unknown group '$group' (build, test, clients, image, lint, golden)" >&2
+      echo "install-deps: unknown group '$group' (build, test, clients, image, browser, lint, golden)" >&2
       exit 2
       ;;
   esac
@@ -85,12 +88,15 @@ if [ $want_prometheus = yes ] && { [ ! -x "$tools/promtool" ] || [ ! -x "$tools/
 fi
 
 # Versions are pinned, and the mark keeps the file they came from: a second run does nothing.
-requirements=$top/tests/integration/python/requirements.txt
-venv=$top/build/venv
-if [ $want_venv = yes ] && ! cmp -s "$requirements" "$venv/installed.txt"; then
-  echo "install-deps: installing the foreign clients into build/venv"
+for name in "${venvs[@]}"; do
+  case $name in
+    clients) requirements=$top/tests/integration/python/requirements.txt venv=$top/build/venv ;;
+    browser) requirements=$top/tests/integration/python/requirements-browser.txt venv=$top/build/venv-browser ;;
+  esac
+  cmp -s "$requirements" "$venv/installed.txt" && continue
+  echo "install-deps: installing $(basename "$requirements") into build/$(basename "$venv")"
   rm -rf "$venv"
   /usr/bin/python3 -m venv "$venv"
   "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"
   cp "$requirements" "$venv/installed.txt"
-fi
+done

@@ -69,6 +69,8 @@ bool ShapeByName(const std::string& name, engine::NemotronConfig& config) {
     config = Shape(16, 2048, 16, 8, 8192, 32000);
   } else if (name == "8b") {
     config = Shape(32, 4096, 48, 8, 16384, 256000);
+  } else if (name == "8b-4-layers") {
+    config = Shape(4, 4096, 48, 8, 16384, 32000);
   } else {
     return false;
   }

@@ -9,7 +9,8 @@
 
 namespace minitron::bench {
 
-// A known shape: "1b", "1b-square" (16 query heads, as stock llama.cpp needs them) or "8b" (Minitron-8B).
+// A known shape: "1b", "1b-square" (16 query heads, as stock llama.cpp needs them), "8b" (Minitron-8B) or
+// "8b-4-layers" (four of its layers and an eighth of its vocabulary, to be compared with other implementations).
 // Returns false for another name.
 bool ShapeByName(const std::string& name, engine::NemotronConfig& config);
 

@@ -9,8 +9,11 @@ import sys
 
 LIMIT_BYTES = 60 * 1000 * 1000
 OLDEST_GLIBC = (2, 36)
-PROGRAMS = {"minitron-server", "minitron", "row_kernels_test_gpu", "attention_kernels_test_gpu",
-            "quantized_matmul_test_gpu", "sampler_kernels_test_gpu", "cuda_runner_test_gpu"}
+TESTS = {"cuda_tests_gpu"}
+CLIENTS = {"minitron-server", "minitron"}
+TOOLS = {"minitron-gpu-bench", "minitron-gpu-load", "minitron-make-checkpoint"}
+PROGRAMS = TESTS | CLIENTS | TOOLS
+SCRIPTS = {"run.sh", "run.py", "report.py", "layers_check.py", "nemotron_torch.py", "peers.py", "commit"}
 # The C library and its loader belong to the machine, and must match each other.
 OF_THE_MACHINE = re.compile(r"^(linux-vdso|ld-linux[^/]*|libc|libm|libdl|librt|libpthread|libresolv)\.so")
 OF_CUDA = re.compile(r"^lib(cuda|cudart|cublas|cublasLt|nvrtc|nvidia[^/]*)\.so")
@@ -55,7 +58,8 @@ def library_problems(bundle, elf):
 
 def glibc_problems(elf):
     """No symbol of a glibc newer than the oldest one promised."""
-    text = subprocess.run(["readelf", "--wide", "--version-info", elf], capture_output=True, text=True, check=True).stdout
+    command = ["readelf", "--wide", "--version-info", elf]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     versions = {tuple(map(int, version.split("."))) for version in re.findall(r"GLIBC_(\d+\.\d+)", text)}
     return [f"{elf} needs glibc {'.'.join(map(str, v))}" for v in sorted(versions) if v > OLDEST_GLIBC]
 
@@ -70,15 +74,16 @@ def start_problems(bundle):
     """Every program starts; without a device the server says so in one line and ends."""
     problems = []
     for program in sorted(PROGRAMS):
-        option = "--gtest_list_tests" if program.endswith("_gpu") else "--version"
-        result = run(bundle, program, option)
-        if result.returncode != 0 or not result.stdout:
-            problems.append(f"{program} {option}: status {result.returncode}: {result.stderr.strip()}")
+        options = ["--gtest_list_tests"] if program in TESTS else ["--version"] if program in CLIENTS else []
+        result = run(bundle, program, *options)
+        expected = 2 if program in TOOLS else 0  # a tool without arguments says how it is used
+        if result.returncode != expected or not (result.stdout or "usage:" in result.stderr):
+            problems.append(f"{program} {options}: status {result.returncode}: {result.stderr.strip()}")
     model = os.path.join(bundle, "deploy", "models", "minitron-tiny")
     if not os.path.exists("/dev/nvidia0"):
         result = run(bundle, "minitron-server", "--model", model, "--backend", "cuda", "--port", "0")
         if result.returncode == 0 or "cuda" not in result.stderr:
-            problems.append(f"minitron-server --backend cuda without a device: status {result.returncode}: {result.stderr}")
+            problems.append(f"minitron-server without a device: status {result.returncode}: {result.stderr}")
     return problems
 
 
@@ -87,7 +92,7 @@ def main():
     there = set(os.listdir(os.path.join(bundle, "bin")))
     problems = [f"{name} is missing" for name in sorted(PROGRAMS - there)]
     problems += [f"{name} does not belong there" for name in sorted(there - PROGRAMS)]
-    problems += [] if os.access(os.path.join(bundle, "run.sh"), os.X_OK) else ["run.sh is missing"]
+    problems += [f"{name} is missing" for name in sorted(SCRIPTS) if not os.path.exists(os.path.join(bundle, name))]
     problems += size_problems(bundle)
     elfs = [path for path in files_below(bundle) if is_elf(path)]
     for elf in elfs:

@@ -9,13 +9,13 @@ build=$1 bundle=$2
 top=$(cd "$(dirname "$0")/../.." && pwd)
 rm -rf "$bundle"
 mkdir -p "$bundle/bin" "$bundle/lib" "$bundle/deploy/models"
-for program in minitron-server minitron row_kernels_test_gpu attention_kernels_test_gpu \
-  quantized_matmul_test_gpu sampler_kernels_test_gpu cuda_runner_test_gpu; do
+for program in minitron-server minitron minitron-gpu-bench minitron-gpu-load minitron-make-checkpoint cuda_tests_gpu; do
   strip -o "$bundle/bin/$program" "$build/bin/$program"
 done
 # The C library and its loader belong to the machine, and must match each other.
 ldd "$bundle"/bin/* | awk '$2 == "=>" && $3 ~ /^\// { print $3 }' | sort -u |
   grep -vE '/(libc|libm|libdl|librt|libpthread|ld-linux[^/]*)\.so|libcuda|libcublas' | xargs cp -Lt "$bundle/lib"
 cp -r "$top/deploy/models/minitron-tiny" "$bundle/deploy/models/"
-cp "$top/tests/gpu/run.sh" "$bundle/"
+cp "$top"/tests/gpu/{run.sh,run.py,report.py,layers_check.py,nemotron_torch.py,peers.py} "$bundle/"
+git -C "$top" rev-parse --short HEAD >"$bundle/commit" 2>/dev/null || echo unknown >"$bundle/commit"
 "$top/tests/gpu/check_bundle.py" "$bundle"

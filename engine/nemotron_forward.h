@@ -17,9 +17,7 @@ struct ForwardBuffers {
   ForwardBuffers(Ops& ops, const NemotronConfig& config, int64_t max_num_tokens)
       : residual(ops.Allocate(max_num_tokens * config.hidden_size)),
         normed(ops.Allocate(max_num_tokens * config.hidden_size)),
-        queries(ops.Allocate(max_num_tokens * config.query_width())),
-        keys(ops.Allocate(max_num_tokens * config.key_value_width())),
-        values(ops.Allocate(max_num_tokens * config.key_value_width())),
+        projections(ops.Allocate(max_num_tokens * (config.query_width() + 2 * config.key_value_width()))),
         attended(ops.Allocate(max_num_tokens * config.query_width())),
         inner(ops.Allocate(max_num_tokens * config.intermediate_size)) {}
 
@@ -30,8 +28,7 @@ struct ForwardBuffers {
   }
 
   typename Ops::Buffer residual, normed;  // [T, hidden]
-  typename Ops::Buffer queries;           // [T, query_width]
-  typename Ops::Buffer keys, values;      // [T, key_value_width]
+  typename Ops::Buffer projections;       // queries [T, query_width], keys and values [T, key_value_width]
   typename Ops::Buffer attended;          // [T, query_width]
   typename Ops::Buffer inner;             // [T, intermediate]
 };
@@ -47,9 +44,9 @@ MatrixView<const typename Ops::Element> Forward(Ops& ops, const NemotronConfig& 
   const int64_t T = batch.num_tokens;
   const Matrix x{buffers.residual.data(), T, config.hidden_size};
   const Matrix h{buffers.normed.data(), T, config.hidden_size};
-  const Matrix q{buffers.queries.data(), T, config.query_width()};
-  const Matrix k{buffers.keys.data(), T, config.key_value_width()};
-  const Matrix v{buffers.values.data(), T, config.key_value_width()};
+  const Matrix q{buffers.projections.data(), T, config.query_width()};
+  const Matrix k{q.data + q.rows * q.cols, T, config.key_value_width()};
+  const Matrix v{k.data + k.rows * k.cols, T, config.key_value_width()};
   const Matrix attended{buffers.attended.data(), T, config.query_width()};
   const Matrix inner{buffers.inner.data(), T, config.intermediate_size};
   const auto read = [](const Matrix& m) { return ConstMatrix{m.data, m.rows, m.cols}; };
@@ -59,9 +56,7 @@ MatrixView<const typename Ops::Element> Forward(Ops& ops, const NemotronConfig& 
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const LayerWeights& w = weights.layers[layer];
     ops.AddLayerNorm1p(x, delta, w.input_norm_weight, w.input_norm_bias, config.norm_eps, h);
-    ops.MatMul(read(h), w.q_proj, q);
-    ops.MatMul(read(h), w.k_proj, k);
-    ops.MatMul(read(h), w.v_proj, v);
+    ops.ProjectQkv(read(h), w.q_proj, w.k_proj, w.v_proj, q, k, v);
     ops.RopeAndStoreKv(batch, layer, q, read(k), read(v));
     ops.PagedAttention(batch, layer, read(q), attended);
     ops.MatMul(read(attended), w.o_proj, h);

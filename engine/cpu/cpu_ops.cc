@@ -174,6 +174,13 @@ void CpuOps::StoreRow(int layer, int64_t slot, const float* keys, const float* v
   }
 }
 
+void CpuOps::ProjectQkv(ConstMatrix x, const WeightView& wq, const WeightView& wk, const WeightView& wv, Matrix q,
+                        Matrix k, Matrix v) {
+  MatMul(x, wq, q);
+  MatMul(x, wk, k);
+  MatMul(x, wv, v);
+}
+
 void CpuOps::RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstMatrix k, ConstMatrix v) {
   const KvCacheShape& shape = cache_.shape();
   const int num_heads = shape.num_heads;

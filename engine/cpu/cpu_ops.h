@@ -38,6 +38,8 @@ class CpuOps {
   void AddLayerNorm1p(Matrix residual, ConstMatrix delta, const WeightView& weight, const WeightView& bias, float eps,
                       Matrix out);
   void MatMul(ConstMatrix x, const WeightView& w, Matrix out);
+  void ProjectQkv(ConstMatrix x, const WeightView& wq, const WeightView& wk, const WeightView& wv, Matrix q, Matrix k,
+                  Matrix v);
   void RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstMatrix k, ConstMatrix v);
   void PagedAttention(const BatchView& batch, int layer, ConstMatrix q, Matrix out);
   void SquaredRelu(Matrix x);

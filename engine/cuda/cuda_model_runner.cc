@@ -64,6 +64,7 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaModelRunner(const Nemotro
   const DeviceMemory memory{static_cast<int64_t>(free_bytes), static_cast<int64_t>(total_bytes)};
   RETURN_IF_ERROR(CudaOps::CheckShapes(config, limits));
   RETURN_IF_ERROR(DeviceWeights::CheckShapes(config, quantization));
+  const int64_t matmul_bytes = matmul->workspace_bytes();
   ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(config, DeviceWeights::NumBytes(weights, quantization), limits,
                                                      matmul->workspace_bytes(), memory));
   limits.num_kv_blocks = plan.num_kv_blocks;
@@ -77,6 +78,8 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaModelRunner(const Nemotro
       std::make_unique<Runner>(std::move(ops), config, owner->weights(), owner,
                                Describe(config, weights, owner->weights(), owner->num_bytes(), limits), limits);
   RETURN_IF_ERROR(borrowed.status());
+  RETURN_IF_ERROR(ToStatus(cudaMemGetInfo(&free_bytes, &total_bytes), "memory info"));
+  LogRest(plan, matmul_bytes, memory, static_cast<int64_t>(free_bytes));
   return runner;
 }
 

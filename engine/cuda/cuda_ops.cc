@@ -232,6 +232,14 @@ void CudaOps::Multiply(ConstMatrix x, const WeightView& w, MatrixView<Output> ou
 void CudaOps::MatMul(ConstMatrix x, const WeightView& w, Matrix out) { Multiply(x, w, out); }
 void CudaOps::MatMul(ConstMatrix x, const WeightView& w, MatrixView<float> out) { Multiply(x, w, out); }
 
+void CudaOps::ProjectQkv(ConstMatrix x, const WeightView& wq, const WeightView& wk, const WeightView& wv, Matrix q,
+                         Matrix k, Matrix v) {
+  CHECK(DeviceWeights::Adjoin(wq, wk) && DeviceWeights::Adjoin(wk, wv));
+  CHECK(k.data == q.data + q.rows * q.cols && v.data == k.data + k.rows * k.cols);
+  const WeightView fused{wq.data, wq.dtype, wq.rows + wk.rows + wv.rows, wq.cols};
+  Multiply(x, fused, Matrix{q.data, q.rows, q.cols + k.cols + v.cols});
+}
+
 KvCacheView CudaOps::CacheOf(int layer) const {
   const int64_t row = layer * CacheRowsPerLayer(), element = row * config_.head_dim;
   if (limits_.kv_cache_type == KvCacheType::kFp8) {
@@ -246,17 +254,11 @@ KvCacheView CudaOps::CacheOf(int layer) const {
 void CudaOps::RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstMatrix k, ConstMatrix v) {
   if (!status_.ok()) return;
   CHECK(q.rows == batch.num_tokens && k.rows == q.rows && v.rows == q.rows && q.cols == config_.query_width());
-  const RopeParams params{q.data,
-                          k.data,
-                          v.data,
-                          batch.positions,
-                          batch.slot_mapping,
-                          cosines_.data(),
-                          sines_.data(),
-                          CacheOf(layer),
-                          config_.num_attention_heads,
-                          config_.head_dim,
-                          config_.rotary_dim};
+  const RopeParams params{q.data,           q.data + q.cols,    q.data + q.cols + k.cols,
+                          batch.positions,  batch.slot_mapping, cosines_.data(),
+                          sines_.data(),    CacheOf(layer),     config_.num_attention_heads,
+                          config_.head_dim, config_.rotary_dim, ProjectionWidth(),
+                          ProjectionWidth()};
   Check(cuda::RopeAndStoreKv(params, static_cast<int>(q.rows), stream_.get()), "rope");
 }
 
@@ -264,14 +266,10 @@ void CudaOps::PagedAttention(const BatchView& batch, int layer, ConstMatrix q, M
   if (!status_.ok()) return;
   CHECK(q.rows == batch.num_tokens && out.rows == q.rows && out.cols == q.cols);
   constexpr float kLog2E = 1.44269504f;
-  const AttentionParams params{q.data,
-                               out.data,
-                               CacheOf(layer),
-                               batch.block_ids,
-                               batch.block_start,
-                               config_.group_size(),
-                               config_.head_dim,
-                               kLog2E / std::sqrt(static_cast<float>(config_.head_dim))};
+  const AttentionParams params{
+      q.data,           out.data,          CacheOf(layer),
+      batch.block_ids,  batch.block_start, config_.group_size(),
+      config_.head_dim, ProjectionWidth(), kLog2E / std::sqrt(static_cast<float>(config_.head_dim))};
   if (counts_.items > 0) {
     const int max_blocks = std::min(counts_.items, kBlocksPerProcessor * num_processors_);
     Check(DecodeAttention(params, ForwardArray<DecodeItem>(layout_.items), ForwardArray<MergeRow>(layout_.merge_rows),

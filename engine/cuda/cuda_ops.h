@@ -58,6 +58,10 @@ class CudaOps {
                       Matrix out);
   void MatMul(ConstMatrix x, const WeightView& w, Matrix out);
   void MatMul(ConstMatrix x, const WeightView& w, MatrixView<float> out);
+  // One product for all three: DeviceWeights keeps the matrices one behind the other. Row t of q, k and v lies at
+  // t * (q.cols + k.cols + v.cols) of the outputs' memory.
+  void ProjectQkv(ConstMatrix x, const WeightView& wq, const WeightView& wk, const WeightView& wv, Matrix q, Matrix k,
+                  Matrix v);
   void RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstMatrix k, ConstMatrix v);
   void PagedAttention(const BatchView& batch, int layer, ConstMatrix q, Matrix out);
   void SquaredRelu(Matrix x);
@@ -125,6 +129,7 @@ class CudaOps {
   SampleLayout LargestSampleLayout() const;
   AttentionParams Attention(int layer, ConstMatrix q, Matrix out) const;
   KvCacheView CacheOf(int layer) const;
+  int ProjectionWidth() const { return static_cast<int>(config_.query_width() + 2 * config_.key_value_width()); }
   int64_t ScratchSlot() const { return int64_t{limits_.num_kv_blocks} * limits_.block_size; }
   int64_t CacheRowsPerLayer() const {  // of one head's key or value
     return (int64_t{limits_.num_kv_blocks} + 1) * limits_.block_size * config_.num_key_value_heads;

@@ -32,8 +32,7 @@ struct DecodeState {
 template <int kHeadDim>
 DEVICE void LoadQueries(const AttentionParams& p, int token_row, int kv_head, Bf16* queries) {
   using Layout = TileLayout<kHeadDim>;
-  const int64_t width = int64_t{p.cache.num_kv_heads} * p.group_size * kHeadDim;
-  const Bf16* source = p.q + token_row * width + int64_t{kv_head} * p.group_size * kHeadDim;
+  const Bf16* source = p.q + int64_t{token_row} * p.q_stride + int64_t{kv_head} * p.group_size * kHeadDim;
   for (int i = static_cast<int>(ThreadIndex().x); i < kColumns * Layout::kVectorsPerRow; i += kDecodeThreads) {
     const int head = i / Layout::kVectorsPerRow, column = i % Layout::kVectorsPerRow * 8;
     Vector16 vector = {{0, 0, 0, 0}};

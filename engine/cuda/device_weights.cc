@@ -4,6 +4,7 @@
 #include <atomic>
 #include <bit>
 #include <cstring>
+#include <initializer_list>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -74,26 +75,24 @@ DType HeadType(Quantization quantization) {
   return MatrixType(quantization == Quantization::kInt4 ? Quantization::kInt8 : quantization);
 }
 
-// Calls visit(view, type on the device) for every tensor.
+// Calls visit({views}, type on the device) for all tensors, those together that lie one behind the other there.
 template <typename Weights, typename Visit>
 void VisitTensors(Weights& weights, Quantization quantization, const Visit& visit) {
   const DType matrix = MatrixType(quantization);
-  visit(weights.embedding, DType::kBf16);
+  visit({&weights.embedding}, DType::kBf16);
   for (auto& layer : weights.layers) {
-    visit(layer.input_norm_weight, DType::kF32);
-    visit(layer.input_norm_bias, DType::kF32);
-    visit(layer.q_proj, matrix);
-    visit(layer.k_proj, matrix);
-    visit(layer.v_proj, matrix);
-    visit(layer.o_proj, matrix);
-    visit(layer.post_norm_weight, DType::kF32);
-    visit(layer.post_norm_bias, DType::kF32);
-    visit(layer.up_proj, matrix);
-    visit(layer.down_proj, matrix);
+    visit({&layer.input_norm_weight}, DType::kF32);
+    visit({&layer.input_norm_bias}, DType::kF32);
+    visit({&layer.q_proj, &layer.k_proj, &layer.v_proj}, matrix);
+    visit({&layer.o_proj}, matrix);
+    visit({&layer.post_norm_weight}, DType::kF32);
+    visit({&layer.post_norm_bias}, DType::kF32);
+    visit({&layer.up_proj}, matrix);
+    visit({&layer.down_proj}, matrix);
   }
-  visit(weights.final_norm_weight, DType::kF32);
-  visit(weights.final_norm_bias, DType::kF32);
-  visit(weights.lm_head, HeadType(quantization));
+  visit({&weights.final_norm_weight}, DType::kF32);
+  visit({&weights.final_norm_bias}, DType::kF32);
+  visit({&weights.lm_head}, HeadType(quantization));
 }
 
 // A tensor as units of which any number can cross by itself: elements, or tiles of 16 rows.
@@ -211,11 +210,17 @@ absl::Status UploadPieces(PieceQueue& queue, int64_t staging_bytes) {
 
 int64_t DeviceWeights::NumBytes(const NemotronWeights& host, Quantization quantization) {
   int64_t num_bytes = 0;
-  VisitTensors(host, quantization, [&num_bytes](const WeightView& view, DType type) {
-    const Units units = UnitsOf(view, type);
-    num_bytes += units.count * units.bytes;
+  VisitTensors(host, quantization, [&num_bytes](std::initializer_list<const WeightView*> views, DType type) {
+    for (const WeightView* view : views) num_bytes += UnitsOf(*view, type).count * UnitsOf(*view, type).bytes;
   });
   return num_bytes;
+}
+
+bool DeviceWeights::Adjoin(const WeightView& first, const WeightView& second) {
+  const Units units = UnitsOf(first, first.dtype);
+  return first.dtype == second.dtype && first.cols == second.cols &&
+         (!IsTiles(first.dtype) || first.rows % kTileRows == 0) &&
+         static_cast<const unsigned char*>(first.data) + units.count * units.bytes == second.data;
 }
 
 absl::Status DeviceWeights::CheckShapes(const NemotronConfig& config, Quantization quantization) {
@@ -238,23 +243,33 @@ absl::StatusOr<DeviceWeights> DeviceWeights::Upload(const NemotronWeights& host,
   std::vector<Piece> pieces;
   int64_t staging_bytes = 0;
   absl::Status status;
-  VisitTensors(device.weights_, quantization, [&](WeightView& view, DType type) {
+  // Tensors of one buffer: a layer's Q, K and V are one matrix to the product.
+  const auto add = [&](std::initializer_list<WeightView*> views, DType type) {
+    int64_t num_bytes = 0;
+    for (const WeightView* view : views) {
+      CHECK(!IsPanels(view->dtype) && !IsTiles(view->dtype));
+      num_bytes += UnitsOf(*view, type).count * UnitsOf(*view, type).bytes;
+    }
     if (!status.ok()) return;
-    CHECK(!IsPanels(view.dtype) && !IsTiles(view.dtype));
-    const Units units = UnitsOf(view, type);
-    auto buffer = DeviceBuffer<unsigned char>::Allocate(units.count * units.bytes);
+    auto buffer = DeviceBuffer<unsigned char>::Allocate(num_bytes);
     status = buffer.status();
     if (!status.ok()) return;
-    const int64_t most = std::max<int64_t>(1, kStagingBytes / units.bytes);
-    for (int64_t first = 0; first < units.count; first += most) {
-      const int64_t count = std::min(most, units.count - first);
-      pieces.push_back({view, type, buffer->data(), first, count, units.bytes});
-      staging_bytes = std::max(staging_bytes, count * units.bytes);
+    unsigned char* destination = buffer->data();
+    for (WeightView* view : views) {
+      const Units units = UnitsOf(*view, type);
+      const int64_t most = std::max<int64_t>(1, kStagingBytes / units.bytes);
+      for (int64_t first = 0; first < units.count; first += most) {
+        const int64_t count = std::min(most, units.count - first);
+        pieces.push_back({*view, type, destination, first, count, units.bytes});
+        staging_bytes = std::max(staging_bytes, count * units.bytes);
+      }
+      view->data = destination;
+      view->dtype = type;
+      destination += units.count * units.bytes;
     }
-    view.data = buffer->data();
-    view.dtype = type;
     device.buffers_.push_back(*std::move(buffer));
-  });
+  };
+  VisitTensors(device.weights_, quantization, add);
   RETURN_IF_ERROR(status);
   PieceQueue queue(std::move(pieces));
   RETURN_IF_ERROR(UploadPieces(queue, staging_bytes));

@@ -27,6 +27,9 @@ class DeviceWeights {
   // Error: INVALID_ARGUMENT for a depth the quantized product has no kernel for.
   static absl::Status CheckShapes(const NemotronConfig& config, Quantization quantization);
 
+  // Whether two matrices on the device can be read as one, the second's rows behind the first's.
+  static bool Adjoin(const WeightView& first, const WeightView& second);
+
   const NemotronWeights& weights() const { return weights_; }
   int64_t num_bytes() const { return num_bytes_; }
 

@@ -43,7 +43,8 @@ struct KvCacheView {
 };
 
 // Rotates the first rotary_dim dims of each head of q (in place) and k by the row's position, then stores k and v in
-// the cache at slot_mapping[t].   q [T, H * D], k and v [T, G * D], cosines and sines [positions, rotary_dim / 2] fp32
+// the cache at slot_mapping[t].   q [T, q_stride], k and v [T, kv_stride], cosines and sines [positions, rotary_dim /
+// 2] fp32
 struct RopeParams {
   Bf16* q;
   const Bf16* k;
@@ -54,6 +55,7 @@ struct RopeParams {
   const float* sines;
   KvCacheView cache;
   int num_query_heads, head_dim, rotary_dim;
+  int q_stride, kv_stride;  // elements from one row to the next, of q and of k and v
 };
 cudaError_t RopeAndStoreKv(const RopeParams& params, int num_rows, cudaStream_t stream);
 
@@ -64,14 +66,15 @@ inline constexpr int kChunkKeys = 256;
 inline constexpr int kMaxGroupSize = 8;
 
 struct AttentionParams {
-  const Bf16* q;  // [T, H * D]
+  const Bf16* q;  // [T, q_stride], the first H * D of each row
   Bf16* out;      // [T, H * D]
   KvCacheView cache;
   const int32_t* block_ids;    // all sequences' blocks
   const int32_t* block_start;  // [S + 1]
   int group_size;              // H / G, at most kMaxGroupSize
   int head_dim;
-  float scale;  // log2(e) / sqrt(D)
+  int q_stride;  // elements from one row of q to the next, a multiple of 8
+  float scale;   // log2(e) / sqrt(D)
 };
 
 // One chunk of keys of one single-row sequence.

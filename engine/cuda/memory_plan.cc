@@ -27,6 +27,13 @@ std::string Sum(const std::vector<MemoryUse>& uses) {
   return sum;
 }
 
+void LogUse(const char* purpose, int64_t num_bytes, base::LogFields more) {
+  base::LogFields fields = {{"mib", absl::StrFormat("%10.1f", static_cast<double>(num_bytes) / kMiB)},
+                            {"purpose", purpose}};
+  for (auto& field : more) fields.push_back(std::move(field));
+  base::LogEvent(base::LogLevel::kInfo, "device_memory", fields);
+}
+
 }  // namespace
 
 void AddUse(std::vector<MemoryUse>& uses, const char* name, int64_t num_bytes) {
@@ -87,20 +94,19 @@ absl::StatusOr<MemoryPlan> PlanMemory(const NemotronConfig& config, int64_t weig
 }
 
 void LogPlan(const MemoryPlan& plan, const RunnerLimits& limits, const DeviceMemory& memory) {
-  const auto line = [](const char* purpose, int64_t num_bytes, base::LogFields more) {
-    base::LogFields fields = {{"mib", absl::StrFormat("%10.1f", static_cast<double>(num_bytes) / kMiB)},
-                              {"purpose", purpose}};
-    for (auto& field : more) fields.push_back(std::move(field));
-    base::LogEvent(base::LogLevel::kInfo, "device_memory", fields);
-  };
   for (const MemoryUse& use : plan.uses) {
     base::LogFields blocks;
     if (std::strcmp(use.name, kCacheName) == 0) {
       blocks = {{"blocks", absl::StrCat(plan.num_kv_blocks)}, {"block_tokens", absl::StrCat(limits.block_size)}};
     }
-    line(use.name, use.num_bytes, std::move(blocks));
+    LogUse(use.name, use.num_bytes, std::move(blocks));
   }
-  line("sum", plan.total_bytes(), {{"free_before_mib", Mebibytes(memory.free_bytes)}});
+  LogUse("sum", plan.total_bytes(), {{"free_before_mib", Mebibytes(memory.free_bytes)}});
+}
+
+void LogRest(const MemoryPlan& plan, int64_t workspace_bytes, const DeviceMemory& before, int64_t free_bytes) {
+  const int64_t rest = before.free_bytes - free_bytes - (plan.total_bytes() - workspace_bytes);
+  LogUse("recorded steps, kernels", rest, {{"free_after_mib", Mebibytes(free_bytes)}});
 }
 
 }  // namespace minitron::engine::cuda

@@ -41,5 +41,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const NemotronConfig& config, int64_t weig
 
 // Prints the plan on the log, a line for each purpose and the sum.
 void LogPlan(const MemoryPlan& plan, const RunnerLimits& limits, const DeviceMemory& memory);
+// Prints, once the runner is there, what went beyond the plan: recorded steps, kernels, the rounding of allocations.
+void LogRest(const MemoryPlan& plan, int64_t workspace_bytes, const DeviceMemory& before, int64_t free_bytes);
 
 }  // namespace minitron::engine::cuda

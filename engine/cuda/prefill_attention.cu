@@ -63,13 +63,12 @@ DEVICE void FoldChunk(ColumnState<kHeadDim>& s, bool first) {
 template <int kHeadDim>
 DEVICE void StageQueries(const AttentionParams& p, const PrefillTile& tile, int kv_head, Bf16* queries) {
   using Layout = TileLayout<kHeadDim>;
-  const int num_heads = p.cache.num_kv_heads * p.group_size;
   for (int i = static_cast<int>(ThreadIndex().x); i < kPrefillColumns * Layout::kVectorsPerRow; i += kPrefillThreads) {
     const int column = i / Layout::kVectorsPerRow, dim = i % Layout::kVectorsPerRow * 8;
     const int row = column / p.group_size, head = kv_head * p.group_size + column % p.group_size;
     Vector16 vector = {{0, 0, 0, 0}};
     if (row < tile.num_rows) {
-      vector = Load16(p.q + (int64_t{tile.first_row + row} * num_heads + head) * kHeadDim + dim);
+      vector = Load16(p.q + int64_t{tile.first_row + row} * p.q_stride + int64_t{head} * kHeadDim + dim);
     }
     Store16(queries + SharedIndex<kHeadDim>(column, dim), vector);
   }

@@ -106,7 +106,7 @@ KERNEL(kRowThreads) SquaredReluKernel(Bf16* x, int64_t count) {
 // The queries of row t. Rotated pairs are (j, j + half) of each head.
 DEVICE void RotateQueries(const RopeParams& p, int64_t t, const float* cosines, const float* sines) {
   const int half = p.rotary_dim / 2;
-  Bf16* q = p.q + t * p.num_query_heads * p.head_dim;
+  Bf16* q = p.q + t * p.q_stride;
   for (int i = static_cast<int>(ThreadIndex().x); i < p.num_query_heads * half; i += kRowThreads) {
     const int j = i % half;
     Bf16* head = q + i / half * p.head_dim;
@@ -139,8 +139,8 @@ KERNEL(kRowThreads) RopeKernel(RopeParams p) {
   const float* sines = p.sines + int64_t{p.positions[t]} * half;
   RotateQueries(p, t, cosines, sines);
   const int64_t row = CacheRow(p.cache, p.slot_mapping[t]);
-  const Bf16* k = p.k + t * num_kv_heads * p.head_dim;
-  const Bf16* v = p.v + t * num_kv_heads * p.head_dim;
+  const Bf16* k = p.k + t * p.kv_stride;
+  const Bf16* v = p.v + t * p.kv_stride;
   for (int i = thread; i < num_kv_heads * p.head_dim; i += kRowThreads) {
     const int head = i / p.head_dim, dim = i % p.head_dim;
     const int64_t to = (row + (int64_t{head} << p.cache.block_shift)) * p.head_dim + dim;
@@ -163,7 +163,7 @@ RopeFp8Kernel(RopeParams p) {
   for (int i = WarpIndex(); i < 2 * num_kv_heads; i += kRowWarps) {
     const bool is_value = i >= num_kv_heads;
     const int head = is_value ? i - num_kv_heads : i;
-    const Bf16* source = (is_value ? p.v : p.k) + (t * num_kv_heads + head) * kHeadDim;
+    const Bf16* source = (is_value ? p.v : p.k) + t * p.kv_stride + int64_t{head} * kHeadDim;
     const int first = Lane() * kDims;
     float x[kDims];
     float largest = 0.0f;

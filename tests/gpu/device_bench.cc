@@ -226,6 +226,7 @@ struct AttentionScene {
             block_start.data(),
             s.group,
             s.head_dim,
+            s.query_width(),
             1.44269504f / std::sqrt(static_cast<float>(s.head_dim))};
   }
   bool fp8;
@@ -330,8 +331,7 @@ int Ceilings(bool tiny) {
 int Roofline(bool tiny) {
   Bench bench(tiny);
   const Shapes& s = bench.shapes;
-  TimeMatMul(bench, "q", s.query_width(), s.hidden);
-  TimeMatMul(bench, "k", s.kv_heads * s.head_dim, s.hidden);
+  TimeMatMul(bench, "qkv", s.query_width() + 2 * s.kv_heads * s.head_dim, s.hidden);
   TimeMatMul(bench, "o", s.hidden, s.query_width());
   TimeMatMul(bench, "fc1", s.inner, s.hidden);
   TimeMatMul(bench, "fc2", s.hidden, s.inner);

@@ -58,7 +58,7 @@ class RunTest(unittest.TestCase):
         self.assertEqual({r["name"] for r in self.records("ceilings")}, {"copy", "read", "bf16 GEMM"})
         kernels = {r["name"] for r in self.records("roofline")}
         self.assertEqual(kernels, {"norm", "squared relu",
-                                   *[f"{m} bf16" for m in ("q", "k", "o", "fc1", "fc2", "head")],
+                                   *[f"{m} bf16" for m in ("qkv", "o", "fc1", "fc2", "head")],
                                    *[f"{m} {f}" for m in ("o", "fc1", "fc2") for f in ("int8", "int4", "fp8")],
                                    *[f"{a} attention {f}" for a in ("decode", "prefill") for f in ("bf16", "fp8")]})
         for record in self.records("roofline"):

@@ -135,14 +135,10 @@ class Device {
         block_start_(cache.block_start()),
         q_(q),
         out_(static_cast<int64_t>(q.size())) {
-    params_ = {q_.data(),
-               out_.data(),
-               {keys_.data(), values_.data(), shape.kv_heads, shape.block_shift},
-               block_ids_.data(),
-               block_start_.data(),
-               shape.group_size,
-               shape.head_dim,
-               1.44269504f / std::sqrt(static_cast<float>(shape.head_dim))};
+    params_ = {
+        q_.data(),         out_.data(),         {keys_.data(), values_.data(), shape.kv_heads, shape.block_shift},
+        block_ids_.data(), block_start_.data(), shape.group_size,
+        shape.head_dim,    shape.width(),       1.44269504f / std::sqrt(static_cast<float>(shape.head_dim))};
     if (!shape.fp8) return;
     params_.cache = {nullptr,
                      nullptr,

@@ -164,7 +164,9 @@ TEST(RowKernelsTest, RopeRotatesTheLeadingDimsAndStoresKeysAndValues) {
                               {keys.data(), values.data(), c.kv_heads, c.block_shift},
                               c.heads,
                               c.head_dim,
-                              c.rotary_dim};
+                              c.rotary_dim,
+                              q_width,
+                              kv_width};
       ASSERT_EQ(RopeAndStoreKv(params, kRows, TestStream()), cudaSuccess);
       const auto expected = [&](const std::vector<Bf16>& in, int width, int t, int head, int dim) -> double {
         const auto at = [&](int d) { return double{HostFloat(in[t * width + head * c.head_dim + d])}; };
@@ -244,7 +246,9 @@ TEST(RowKernelsTest, RopeStoresTheNearestFp8CodesAndTheirExponents) {
                                {keys.data(), values.data(), key_exponents.data(), value_exponents.data()}},
                               kHeads,
                               head_dim,
-                              2 * half};
+                              2 * half,
+                              width,
+                              width};
       ASSERT_EQ(RopeAndStoreKv(params, kRows, TestStream()), cudaSuccess);
       const auto new_keys = keys.Get(), new_values = values.Get();
       const auto new_key_exponents = key_exponents.Get(), new_value_exponents = value_exponents.Get();

@@ -73,20 +73,7 @@ std::optional<UsageError> MakeClientOptions(const Arguments& arguments, ClientOp
     }
     options->timeout = std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3f) + 1);
   }
-  for (const std::string& entry : arguments.All("metadata")) {
-    const size_t equals = entry.find('=');
-    if (equals == std::string::npos || equals == 0) return UsageError{"--metadata \"" + entry + "\" is not KEY=VALUE"};
-    std::string key = entry.substr(0, equals);
-    for (char& c : key) {
-      // gRPC aborts on keys it cannot send.
-      if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
-      if (!((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-' || c == '_' || c == '.')) {
-        return UsageError{"--metadata key \"" + key + "\" has a character outside a-z 0-9 - _ ."};
-      }
-    }
-    options->metadata.emplace_back(key, entry.substr(equals + 1));
-  }
-  return std::nullopt;
+  return ReadMetadata(arguments, &options->metadata);
 }
 
 int Run(const std::vector<std::string>& args) {

@@ -16,10 +16,13 @@ const OptionSpec* Find(const CommandSpec& spec, const std::string& name) {
   return nullptr;
 }
 
+// A program without subcommands needs no name in its errors.
+std::string Of(const CommandSpec& spec) { return spec.name.empty() ? "" : " of " + spec.name; }
+
 UsageError UnknownOption(const CommandSpec& spec, const std::string& name) {
   std::vector<std::string> names = {"help"};
   for (const OptionSpec& option : spec.options) names.push_back(option.name);
-  UsageError error{"unknown option --" + name + " of " + spec.name};
+  UsageError error{"unknown option --" + name + Of(spec)};
   if (const auto near = DidYouMean(name, names)) error.message += "; did you mean --" + *near + "?";
   return error;
 }
@@ -48,7 +51,7 @@ std::optional<UsageError> Arguments::Parse(const CommandSpec& spec, const std::v
     const std::string& arg = args[i];
     if (options_ended || arg.size() < 2 || arg[0] != '-') {
       if (out->positionals_.size() == spec.max_positionals) {
-        return UsageError{"unexpected argument \"" + arg + "\" of " + spec.name};
+        return UsageError{"unexpected argument \"" + arg + "\"" + Of(spec)};
       }
       out->positionals_.push_back(arg);
       continue;
@@ -61,7 +64,7 @@ std::optional<UsageError> Arguments::Parse(const CommandSpec& spec, const std::v
       out->values_["help"].push_back("");
       continue;
     }
-    if (arg[1] != '-') return UsageError{"unknown option " + arg + " of " + spec.name + "; options start with --"};
+    if (arg[1] != '-') return UsageError{"unknown option " + arg + Of(spec) + "; options start with --"};
     const size_t equals = arg.find('=');
     const std::string name = arg.substr(2, equals == std::string::npos ? equals : equals - 2);
     const OptionSpec* option = Find(spec, name);
@@ -179,8 +182,26 @@ std::optional<std::string> DidYouMean(const std::string& word, const std::vector
   return nearest;
 }
 
-std::string Help(const CommandSpec& spec) {
-  std::string text = "usage: minitron " + spec.name + " [options]";
+std::optional<UsageError> ReadMetadata(const Arguments& arguments,
+                                       std::vector<std::pair<std::string, std::string>>* metadata) {
+  for (const std::string& entry : arguments.All("metadata")) {
+    const size_t equals = entry.find('=');
+    if (equals == std::string::npos || equals == 0) return UsageError{"--metadata \"" + entry + "\" is not KEY=VALUE"};
+    std::string key = entry.substr(0, equals);
+    for (char& c : key) {
+      // gRPC aborts on keys it cannot send.
+      if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+      if (!((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-' || c == '_' || c == '.')) {
+        return UsageError{"--metadata key \"" + key + "\" has a character outside a-z 0-9 - _ ."};
+      }
+    }
+    metadata->emplace_back(key, entry.substr(equals + 1));
+  }
+  return std::nullopt;
+}
+
+std::string Help(const CommandSpec& spec, const std::string& program) {
+  std::string text = "usage: " + program + (spec.name.empty() ? "" : " " + spec.name) + " [options]";
   if (!spec.arguments.empty()) text += " " + spec.arguments;
   text += "\n\n" + spec.summary + "\n\n";
   size_t width = 0;

@@ -5,6 +5,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace minitron::client {
@@ -63,6 +64,11 @@ bool IsUtf8(const std::string& text);
 // The candidate nearest to `word` by edit distance, if it is near enough to be meant.
 std::optional<std::string> DidYouMean(const std::string& word, const std::vector<std::string>& candidates);
 
-std::string Help(const CommandSpec& spec);
+// `program`: what stands in front of the command's name, or alone when that is empty.
+std::string Help(const CommandSpec& spec, const std::string& program = "minitron");
+
+// All of --metadata KEY=VALUE, keys in lower case.
+std::optional<UsageError> ReadMetadata(const Arguments& arguments,
+                                       std::vector<std::pair<std::string, std::string>>* metadata);
 
 }  // namespace minitron::client

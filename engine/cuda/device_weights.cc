@@ -17,8 +17,10 @@ namespace minitron::engine::cuda {
 namespace {
 
 constexpr int64_t kStagingBytes = 16 << 20;  // large enough to reach the link's bandwidth
-// One thread copies some 10 GB/s out of the page cache, the link takes several times that.
-constexpr int kMaxUploadThreads = 4;
+// One thread copies some 10 GB/s out of the page cache, the link takes several times that. Quantizing is work for every
+// core there is, up to what is left to gain.
+constexpr int kCopyThreads = 4;
+constexpr int kMaxQuantizeThreads = 16;
 
 float F16ToFloat(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
@@ -190,8 +192,8 @@ class Uploader {
   Stream stream_;
 };
 
-absl::Status UploadPieces(PieceQueue& queue, int64_t staging_bytes) {
-  const auto num_threads = static_cast<size_t>(std::clamp<int64_t>(queue.size(), 1, kMaxUploadThreads));
+absl::Status UploadPieces(PieceQueue& queue, int64_t staging_bytes, int most_threads) {
+  const auto num_threads = static_cast<size_t>(std::clamp<int64_t>(queue.size(), 1, most_threads));
   std::vector<absl::Status> statuses(num_threads);
   std::vector<std::thread> threads;
   threads.reserve(num_threads);
@@ -272,7 +274,10 @@ absl::StatusOr<DeviceWeights> DeviceWeights::Upload(const NemotronWeights& host,
   VisitTensors(device.weights_, quantization, add);
   RETURN_IF_ERROR(status);
   PieceQueue queue(std::move(pieces));
-  RETURN_IF_ERROR(UploadPieces(queue, staging_bytes));
+  const int num_cores = static_cast<int>(std::thread::hardware_concurrency());
+  const int most_threads =
+      quantization == Quantization::kOff ? kCopyThreads : std::clamp(num_cores, kCopyThreads, kMaxQuantizeThreads);
+  RETURN_IF_ERROR(UploadPieces(queue, staging_bytes, most_threads));
   return device;
 }
 

@@ -46,20 +46,15 @@ uint16_t Int4Scale(const float* values, int count) {
   return best;
 }
 
-// The nearest code to a value of at most 448; ties to the even code.
+// The nearest code to a value of at most 448; ties to the even code. As EncodeE4m3 of e4m3.cuh.
 uint8_t NearestE4m3(float value) {
+  const uint32_t sign = std::bit_cast<uint32_t>(value) >> 24 & 0x80u;
   const float magnitude = std::min(std::abs(value), 448.0f);
-  int exponent = 0;
-  std::frexp(magnitude, &exponent);                                     // in [2^(exponent - 1), 2^exponent)
-  const float unit = std::ldexp(1.0f, std::max(exponent - 1, -6) - 3);  // three bits behind the first
-  const float rounded = std::nearbyint(magnitude / unit) * unit;
-  int code = 0;
-  if (rounded < 0x1.0p-6f) {
-    code = static_cast<int>(rounded * 512.0f);
-  } else {
-    code = static_cast<int>((std::bit_cast<uint32_t>(rounded) >> 20) - (120u << 3));
+  if (magnitude < 0x1.0p-6f) {  // multiples of 2^-9, the unit in the last place of 2^14
+    return static_cast<uint8_t>(sign | (std::bit_cast<uint32_t>(magnitude + 0x1.0p14f) & 0xFu));
   }
-  return static_cast<uint8_t>(code | (std::signbit(value) ? 0x80 : 0));
+  const auto bits = std::bit_cast<uint32_t>(magnitude);
+  return static_cast<uint8_t>(sign | (((bits + 0x7FFFFu + (bits >> 20 & 1u)) >> 20) - (120u << 3)));
 }
 
 // Where a weight lies among its tile's: operand A has rows lane / 4 and + 8, inputs 2 * (lane % 4) + {0, 1} and + 8.

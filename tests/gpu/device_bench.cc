@@ -76,8 +76,10 @@ class Bench {
       : shapes(tiny ? TinyShapes() : Shapes()), device(Must(OpenDevice())), stream_(Must(CreateStream())) {
 #if defined(MINITRON_CUDA_EMULATION)
     matmul = CreateReferenceMatMul();
+    free_matmul = CreateReferenceMatMul();
 #else
     matmul = Must(CreateCublasLtMatMul({}));
+    free_matmul = Must(CreateCublasLtMatMul({.batch_invariant = false, .tuning_file = {}}));
 #endif
   }
 
@@ -143,7 +145,8 @@ class Bench {
 
   const Shapes shapes;
   const DeviceInfo device;
-  std::unique_ptr<MatMul> matmul;
+  std::unique_ptr<MatMul> matmul;       // one algorithm per shape, whatever the number of rows
+  std::unique_ptr<MatMul> free_matmul;  // the fastest for each number of rows
 
  private:
   Stream stream_;
@@ -158,14 +161,18 @@ void TimeMatMul(Bench& bench, const std::string& name, int outs, int depth) {
   const int most = bench.shapes.batches.back();
   const auto x = bench.MakeBf16(int64_t{most} * depth);
   auto out = Must(DeviceBuffer<Bf16>::Allocate(int64_t{most} * outs));
-  for (const int rows : bench.shapes.batches) {
-    const double seconds = bench.Time([&](int i, cudaStream_t stream) {
-      const Bf16* w = weights.data() + int64_t{outs} * depth * (i % copies);
-      return bench.matmul->Run(x.data(), w, rows, outs, depth, out.data(), stream).ok() ? cudaSuccess
-                                                                                        : cudaErrorUnknown;
-    });
-    bench.Print(name + " bf16", rows, 0, seconds, static_cast<double>(bytes) + 2.0 * rows * (outs + depth),
-                2.0 * rows * outs * depth);
+  // What batch invariance costs: with it, one algorithm serves every number of rows, chosen at a full step as the
+  // runner does, which is why the largest comes first.
+  for (const bool invariant : {true, false}) {
+    MatMul& matmul = invariant ? *bench.matmul : *bench.free_matmul;
+    for (auto rows = bench.shapes.batches.rbegin(); rows != bench.shapes.batches.rend(); ++rows) {
+      const double seconds = bench.Time([&](int i, cudaStream_t stream) {
+        const Bf16* w = weights.data() + int64_t{outs} * depth * (i % copies);
+        return matmul.Run(x.data(), w, *rows, outs, depth, out.data(), stream).ok() ? cudaSuccess : cudaErrorUnknown;
+      });
+      bench.Print(name + (invariant ? " bf16" : " bf16, free choice"), *rows, 0, seconds,
+                  static_cast<double>(bytes) + 2.0 * *rows * (outs + depth), 2.0 * *rows * outs * depth);
+    }
   }
 }
 

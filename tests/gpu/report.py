@@ -70,6 +70,9 @@ def kernel_row(results, name, **shape):
         return f"{name}, {what}", "not measured", "", ""
     rate = record["bytes"] / record["us"] / 1e3
     share = "" if ceiling is None else f"{rate / ceiling['gb_per_s']:.0%} of the read ceiling"
+    free = results.find("kernel", name=name + ", free choice", **shape)
+    if free is not None:
+        share += f"; batch invariance costs {record['us'] / free['us'] - 1.0:+.0%}"
     return f"{name}, {what}", f"{record['us']:.1f} us", "", share
 
 

@@ -238,6 +238,11 @@ void FakeModelRunner::Release() {
   gate_.notify_all();
 }
 
+bool FakeModelRunner::IsHeld() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return held_;
+}
+
 void FakeModelRunner::WaitUntilHeld() {
   std::unique_lock<std::mutex> lock(mutex_);
   gate_.wait(lock, [this] { return held_; });

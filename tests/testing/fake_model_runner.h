@@ -6,6 +6,7 @@
 // Malformed batches are CHECKed, when they are submitted and again when they are computed. Unwritten slots hold poison.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -33,7 +34,7 @@ struct FakeModelRunnerOptions {
   std::function<engine::TokenId(engine::TokenId, int)> choose_token = nullptr;
 };
 
-// Engine thread only, except Hold, Release and WaitUntilHeld.
+// Engine thread only, except where a method says "any thread".
 class FakeModelRunner : public engine::ModelRunner {
  public:
   explicit FakeModelRunner(const FakeModelRunnerOptions& options);
@@ -50,12 +51,13 @@ class FakeModelRunner : public engine::ModelRunner {
   // Overwrites a block, as if another owner had used it.
   void Poison(engine::BlockId block);
 
-  // From Hold on, Collect blocks until Release. Any thread.
+  // From Hold on, Collect blocks until Release. All four: any thread.
   void Hold();
   void Release();
   void WaitUntilHeld();  // returns when a Collect is blocked
+  bool IsHeld();         // a Collect is blocked
 
-  int64_t num_steps() const { return num_steps_; }
+  int64_t num_steps() const { return num_steps_; }  // collected; any thread
 
  private:
   struct History {
@@ -83,7 +85,7 @@ class FakeModelRunner : public engine::ModelRunner {
   std::vector<History> histories_;
   std::deque<Outstanding> outstanding_;
   std::vector<engine::ResultRowOutput> previous_rows_;  // of the batch computed last
-  int64_t num_steps_ = 0;
+  std::atomic<int64_t> num_steps_ = 0;
 
   std::mutex mutex_;  // guards the gate
   std::condition_variable gate_;

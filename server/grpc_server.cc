@@ -79,7 +79,8 @@ CallFence MakeFence(const ServerContext& context) {
   if (context.auth == nullptr) return nullptr;
   return [&context](const std::string& path, const std::string& authorization) {
     if (IsHealth(path) || absl::StartsWith(path, "/minitron.v1.") ||
-        absl::StartsWith(path, "/inference.GRPCInferenceService/")) {
+        absl::StartsWith(path, "/inference.GRPCInferenceService/") || absl::StartsWith(path, "/vllm.Inference/") ||
+        absl::StartsWith(path, "/vllm.Control/") || absl::StartsWith(path, "/vllm.grpc.engine.VllmEngine/")) {
       return grpc::Status::OK;
     }
     const std::shared_ptr<const AuthTable> table = context.auth->table();
@@ -122,6 +123,20 @@ absl::Status GrpcServer::OpenPort(const std::string& host, int port,
   return absl::OkStatus();
 }
 
+void GrpcServer::RegisterForeign(const GrpcServerOptions& options, grpc::ServerBuilder& builder) {
+  ready_services_.assign(std::begin(kReadyServices), std::end(kReadyServices));
+  if (options.open_inference) {
+    builder.RegisterService(&open_inference_);
+    ready_services_.emplace_back("inference.GRPCInferenceService");
+  }
+  if (options.vllm_grpc) {
+    builder.RegisterService(&vllm_inference_);
+    builder.RegisterService(&vllm_control_);
+    builder.RegisterService(&vllm_engine_);
+    ready_services_.insert(ready_services_.end(), std::begin(compat::kVllmServices), std::end(compat::kVllmServices));
+  }
+}
+
 absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const GrpcServerOptions& options,
                                                               ServerContext* context) {
   RegisterPlugins(options);
@@ -142,8 +157,7 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const GrpcServerOp
   builder.RegisterService(&server->generation_);
   builder.RegisterService(&server->model_);
   builder.RegisterService(&server->admin_);
-  server->has_open_inference_ = options.open_inference;
-  if (options.open_inference) builder.RegisterService(&server->open_inference_);
+  server->RegisterForeign(options, builder);
   server->server_ = builder.BuildAndStart();
   if (server->server_ == nullptr) return absl::InternalError("gRPC refuses to start");
   server->SetReady(false);
@@ -155,10 +169,7 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const GrpcServerOp
 
 void GrpcServer::SetReady(bool ready) {
   context_->ready.store(ready);
-  for (const char* name : kReadyServices) server_->GetHealthCheckService()->SetServingStatus(name, ready);
-  if (has_open_inference_) {
-    server_->GetHealthCheckService()->SetServingStatus("inference.GRPCInferenceService", ready);
-  }
+  for (const std::string& name : ready_services_) server_->GetHealthCheckService()->SetServingStatus(name, ready);
 }
 
 void GrpcServer::SetAlive(bool alive) { server_->GetHealthCheckService()->SetServingStatus(kLiveness, alive); }

@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "server/compat/open_inference_service.h"
+#include "server/compat/vllm_services.h"
 #include "server/listener.h"
 #include "server/services.h"
 #include "server/tls.h"
@@ -27,6 +28,7 @@ struct GrpcServerOptions {
   ListenerOptions listener;
   bool reflection = true;
   bool open_inference = true;  // inference.GRPCInferenceService
+  bool vllm_grpc = true;       // vllm.Inference, vllm.Control, vllm.grpc.engine.VllmEngine
   bool channelz = false;
   TlsStore* tls = nullptr;  // null: plaintext; must outlive the server
 };
@@ -53,17 +55,29 @@ class GrpcServer {
 
  private:
   explicit GrpcServer(ServerContext* context)
-      : context_(context), generation_(context), model_(context), admin_(context), open_inference_(context) {}
+      : context_(context),
+        generation_(context),
+        model_(context),
+        admin_(context),
+        open_inference_(context),
+        vllm_inference_(context),
+        vllm_control_(context),
+        vllm_engine_(context) {}
 
   absl::Status OpenPort(const std::string& host, int port, std::shared_ptr<grpc::ServerCredentials> credentials,
                         grpc::ServerBuilder& builder, std::vector<Listener::Endpoint>& endpoints);
+
+  void RegisterForeign(const GrpcServerOptions& options, grpc::ServerBuilder& builder);
 
   ServerContext* context_;  // outlives this object
   GenerationService generation_;
   ModelService model_;
   AdminService admin_;
   compat::OpenInferenceService open_inference_;
-  bool has_open_inference_ = false;
+  compat::VllmInference vllm_inference_;
+  compat::VllmControl vllm_control_;
+  compat::VllmEngine vllm_engine_;
+  std::vector<std::string> ready_services_;                            // whose health follows readiness
   std::vector<std::shared_ptr<grpc::ServerCredentials>> credentials_;  // gRPC's listeners point into them
   std::unique_ptr<grpc::Server> server_;
   std::unique_ptr<Listener> listener_;

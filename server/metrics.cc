@@ -36,7 +36,9 @@ constexpr const char* kMethods[] = {
     "CancelRequests", "GetServerInfo",
     // inference.GRPCInferenceService
     "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer", "ModelStreamInfer",
-    "ModelConfig", "ModelStatistics"};
+    "ModelConfig", "ModelStatistics",
+    // vllm.Inference, vllm.Control and vllm.grpc.engine.VllmEngine, besides names they share with the native API
+    "GetModelInfo", "Abort", "HealthCheck", "GetLoads"};
 constexpr const char* kHttpPaths[] = {"/",
                                       "/v1/models",
                                       "/v1/completions",

@@ -154,6 +154,7 @@ grpc::Status RpcScope::Close(const grpc::Status& status) {
   if (!traceparent_.empty()) context_->AddTrailingMetadata("traceparent", traceparent_);
   server_->metrics->CountRpc(method_, status.error_code());
   if (server_->audit != nullptr) Audit(status);
+  stream_.reset();  // before the client sees the end: it may open its next one at once
   return status;
 }
 

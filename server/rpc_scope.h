@@ -25,7 +25,7 @@ class RpcScope {
   // Errors: UNAUTHENTICATED (no token, unknown token), PERMISSION_DENIED (token of another role).
   absl::Status Authorize();
 
-  // Authorize, a place among the tenant's streams (kept as long as this object), and the metadata of a call that uses
+  // Authorize, a place among the tenant's streams (kept until Close), and the metadata of a call that uses
   // the engine: arrival, deadline (the client's, at most the server's maximum away), names.
   // Errors: as Authorize; RESOURCE_EXHAUSTED.
   absl::StatusOr<CallContext> Begin();

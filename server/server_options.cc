@@ -99,6 +99,7 @@ const std::vector<Flag>& Flags() {
       Int("http-threads", &O::http_threads, 1, 1024, "HTTP requests answered at once; more wait"),
       Text("chat-template", &O::chat_template, "none or nemotron-mini: how /v1/chat/completions makes a prompt"),
       Switch("open-inference", &O::open_inference, "Open Inference Protocol (Triton's clients) on the gRPC port"),
+      Switch("vllm-grpc", &O::vllm_grpc, "vLLM's gRPC APIs (its gateways) on the gRPC port"),
       Switch("add-bos", &O::add_bos, "prepend BOS to text prompts unless a request says otherwise"),
       Switch("help", &O::show_help, "print this and exit"),
       Switch("version", &O::show_version, "print the version and exit"),

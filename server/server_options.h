@@ -69,6 +69,7 @@ struct ServerOptions {
   bool reflection = true;
   bool channelz = false;
   bool open_inference = true;
+  bool vllm_grpc = true;
   int http_port = -1;  // -1: none, 0: any free one
   int http_threads = 32;
   std::string chat_template = "none";

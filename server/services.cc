@@ -73,20 +73,19 @@ void FillLoad(const ServerContext& server, v1::GetLoadResponse& response) {
   response.set_active_calls(static_cast<uint32_t>(server.output->num_live()));
 }
 
-absl::Status CancelByName(const v1::CancelRequestsRequest& request, OutputProcessor& output,
-                          v1::CancelRequestsResponse& response) {
-  const int count = request.request_ids_size();
+}  // namespace
+
+absl::StatusOr<uint32_t> CancelByName(const google::protobuf::RepeatedPtrField<std::string>& request_ids,
+                                      OutputProcessor& output) {
+  const int count = request_ids.size();
   if (count > limits::kMaxCancelIds) {
     return FieldError("request_ids", absl::StrCat(count, " names, at most ", limits::kMaxCancelIds),
                       {{"actual", absl::StrCat(count)}, {"limit", absl::StrCat(limits::kMaxCancelIds)}});
   }
   uint32_t cancelled = 0;
-  for (const std::string& request_id : request.request_ids()) cancelled += output.CancelByName(request_id);
-  response.set_cancelled(cancelled);
-  return absl::OkStatus();
+  for (const std::string& request_id : request_ids) cancelled += output.CancelByName(request_id);
+  return cancelled;
 }
-
-}  // namespace
 
 grpc::ServerWriteReactor<v1::GenerateStreamResponse>* GenerationService::GenerateStream(
     grpc::CallbackServerContext* context, const v1::GenerateStreamRequest* request) {
@@ -155,8 +154,11 @@ grpc::ServerUnaryReactor* AdminService::GetLoad(grpc::CallbackServerContext* con
 grpc::ServerUnaryReactor* AdminService::CancelRequests(grpc::CallbackServerContext* context,
                                                        const v1::CancelRequestsRequest* request,
                                                        v1::CancelRequestsResponse* response) {
-  return AnswerUnary(server_, context, "CancelRequests", Role::kAdmin,
-                     [&] { return CancelByName(*request, *server_->output, *response); });
+  return AnswerUnary(server_, context, "CancelRequests", Role::kAdmin, [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(const uint32_t cancelled, CancelByName(request->request_ids(), *server_->output));
+    response->set_cancelled(cancelled);
+    return absl::OkStatus();
+  });
 }
 
 grpc::ServerUnaryReactor* AdminService::Drain(grpc::CallbackServerContext* context, const v1::DrainRequest*,

@@ -41,6 +41,10 @@ class ModelService final : public v1::ModelService::CallbackService {
   ServerContext* server_;  // owned by main
 };
 
+// Cancels live requests by name; how many there were. Error: INVALID_ARGUMENT when there are too many names.
+absl::StatusOr<uint32_t> CancelByName(const google::protobuf::RepeatedPtrField<std::string>& request_ids,
+                                      OutputProcessor& output);
+
 class AdminService final : public v1::AdminService::CallbackService {
  public:
   explicit AdminService(ServerContext* server) : server_(server) {}

@@ -96,6 +96,7 @@ GrpcServerOptions MakeGrpcOptions(const ServerOptions& options, TlsStore* tls) {
   result.handshake_timeout = std::chrono::milliseconds(static_cast<int64_t>(options.handshake_timeout_s * 1000));
   result.listener = {options.max_connections, options.max_connections_per_address};
   result.open_inference = options.open_inference;
+  result.vllm_grpc = options.vllm_grpc;
   return result;
 }
 

@@ -57,8 +57,15 @@ std::vector<std::string> ServiceNames(const std::string& answer) {
   return names;
 }
 
-Role RoleOf(const std::string& service) {
-  return service == "minitron.v1.AdminService" || service == "grpc.channelz.v1.Channelz" ? Role::kAdmin : Role::kUser;
+Role RoleOf(const std::string& method) {
+  const std::string service = method.substr(0, method.find('/'));
+  if (service == "minitron.v1.AdminService" || service == "grpc.channelz.v1.Channelz" || service == "vllm.Control") {
+    return Role::kAdmin;
+  }
+  for (const char* name : {"Abort", "GetServerInfo", "GetLoads"}) {
+    if (method == std::string("vllm.grpc.engine.VllmEngine/") + name) return Role::kAdmin;
+  }
+  return Role::kUser;
 }
 
 class AuthorizationTest : public ::testing::Test {
@@ -103,12 +110,14 @@ TEST_F(AuthorizationTest, EveryMethodOfEveryServiceIsClosedToStrangersAndToOther
   // The list is the server's own; these must be on it, or the walk proves nothing.
   EXPECT_THAT(methods, Contains("minitron.v1.GenerationService/GenerateStream"));
   EXPECT_THAT(methods, Contains("minitron.v1.AdminService/Drain"));
+  EXPECT_THAT(methods, Contains("vllm.Inference/GenerateStream"));
+  EXPECT_THAT(methods, Contains("vllm.grpc.engine.VllmEngine/Abort"));
   EXPECT_THAT(methods, Contains("grpc.channelz.v1.Channelz/GetServers"));
   EXPECT_THAT(methods, Contains("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"));
   for (const std::string& method : methods) {
     SCOPED_TRACE(method);
     const std::string path = "/" + method;
-    const bool admin = RoleOf(method.substr(0, method.find('/'))) == Role::kAdmin;
+    const bool admin = RoleOf(method) == Role::kAdmin;
     for (const char* token : {"", "Bearer wrong", "Bearer ", "Basic dXNlcg==", "user-token-5d1f",
                               "Bearer user-token-5d1f ", "Bearer USER-TOKEN-5D1F"}) {
       EXPECT_EQ(Call(path, token), grpc::StatusCode::UNAUTHENTICATED) << "with \"" << token << "\"";
@@ -195,6 +204,27 @@ TEST_F(AuthorizationTest, StreamsOfATenantAreCounted) {
     harness_.engine->WaitForAborts(i + 1);
   }
   harness_.Step(1);
+}
+
+TEST(TenantStreamsTest, APlaceIsFreeWhenItsClientSeesTheEnd) {
+  HarnessOptions options;
+  std::string file = kAuthFile;
+  file.replace(file.find("\"max_streams\": 2, \"tokens_per_minute\": 100"), 42, "\"max_streams\": 1");
+  auto table = AuthTable::Parse(file);
+  ASSERT_TRUE(table.ok()) << table.status();
+  options.auth = *table;
+  ServerHarness harness(options);
+  harness.RunEngine();
+  v1::GenerateRequest request;
+  request.mutable_task()->mutable_token_ids()->add_ids(5);
+  request.mutable_task()->mutable_stopping()->set_max_tokens(1);
+  for (int i = 0; i < 300; ++i) {
+    grpc::ClientContext context;
+    context.AddMetadata("authorization", std::string("Bearer ") + kUserToken);
+    v1::GenerateResponse response;
+    const grpc::Status status = harness.generation->Generate(&context, request, &response);
+    ASSERT_TRUE(status.ok()) << "call " << i << ": " << status.error_message();
+  }
 }
 
 TEST(AuditTest, ACallLeavesOneLineWithoutWhatWasSaid) {

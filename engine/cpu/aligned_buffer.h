@@ -3,12 +3,18 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "engine/base/check.h"
 
 namespace minitron::engine::cpu {
+
+// For tests: what every byte of fresh memory is. 0xFF makes every float a NaN, so that a result shows whether anything
+// was read before it was written.
+inline std::atomic<unsigned char> fresh_byte_for_testing{0};
 
 // An anonymous mapping of `size` elements. Pages cost memory only once they are touched, so an oversized buffer is
 // free.
@@ -22,6 +28,7 @@ class AlignedBuffer {
     void* memory =
         mmap(nullptr, num_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     CHECK(memory != MAP_FAILED);
+    if (const unsigned char fresh = fresh_byte_for_testing.load(); fresh != 0) std::memset(memory, fresh, num_bytes());
     data_ = static_cast<T*>(memory);
   }
   AlignedBuffer(AlignedBuffer&& other) noexcept

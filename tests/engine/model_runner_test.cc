@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/cpu/aligned_buffer.h"
 #include "gtest/gtest.h"
 #include "tests/engine/model_runner_driver.h"
 
@@ -85,6 +86,19 @@ TEST_P(ModelRunnerTest, TokenFromPreviousResultEqualsHostToken) {
   schedule.max_running = 4;
   schedule.overlap = true;
   ExpectSame(Alone(jobs), Driver(jobs, schedule).Run(), "submitted ahead");
+}
+
+TEST_P(ModelRunnerTest, NothingIsReadThatWasNotWritten) {
+  const std::vector<Job> jobs = RandomJobs(9, 8);
+  const std::vector<Trace> alone = Alone(jobs);
+  Schedule schedule = Base();
+  schedule.max_running = 4;
+  schedule.max_chunk = 11;
+  cpu::fresh_byte_for_testing.store(0xFF);
+  EXPECT_TRUE(std::isnan(*cpu::AlignedBuffer<float>(1).data()));
+  const std::vector<Trace> poisoned = Driver(jobs, schedule).Run();
+  cpu::fresh_byte_for_testing.store(0);
+  ExpectSame(alone, poisoned, "memory that is NaN until it is written");
 }
 
 TEST_P(ModelRunnerTest, RandomSchedulesEqualAloneBitForBit) {

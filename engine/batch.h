@@ -44,6 +44,7 @@ struct HistoryReset {
   int32_t slot = 0;
   std::vector<TokenId> prompt;
   std::vector<TokenId> output;
+  const TokenConstraint* constraint = nullptr;  // of the sequence's params, borrowed like them
 };
 
 struct Batch {

@@ -86,6 +86,7 @@ class EditedLogits {
     for (auto edit = edits_.rbegin(); edit != edits_.rend(); ++edit) logits_[edit->token] = edit->raw_logit;
   }
 
+  TokenId size() const { return static_cast<TokenId>(logits_.size()); }
   float Get(TokenId token) const { return logits_[token]; }
   void Set(TokenId token, float value) {
     CHECK(token >= 0 && static_cast<size_t>(token) < logits_.size());
@@ -110,15 +111,21 @@ void ApplyPenalties(const SamplingParams& params, const TokenHistory& history, E
   }
 }
 
+void ApplyConstraint(absl::Span<const uint64_t> allowed, EditedLogits& logits) {
+  for (TokenId token = 0; token < logits.size(); ++token) {
+    const auto word = static_cast<size_t>(token) / 64;
+    if (word >= allowed.size() || (allowed[word] >> (token % 64) & 1) == 0) logits.Set(token, -kInfinity);
+  }
+}
+
 void ApplyEdits(const ResultRow& row, const TokenHistory* history, EditedLogits& logits) {
   const SamplingParams& params = *row.params;
   if (row.banned_tokens != nullptr) {
     for (const TokenId token : *row.banned_tokens) logits.Set(token, -kInfinity);
   }
-  if (params.NeedsHistory()) {
-    CHECK(history != nullptr);
-    ApplyPenalties(params, *history, logits);
-  }
+  CHECK(history != nullptr || !params.NeedsHistory());
+  if (params.constraint != nullptr) ApplyConstraint(history->AllowedTokens(), logits);
+  if (params.HasPenalties()) ApplyPenalties(params, *history, logits);
   for (const auto& [token, bias] : params.logit_bias) logits.Set(token, logits.Get(token) + bias);
 }
 
@@ -223,7 +230,14 @@ TokenId Draw(absl::Span<const float> logits, const ResultRow& row, SamplerScratc
 void TokenHistory::Reset(const HistoryReset& reset) {
   seen_.clear();
   for (const TokenId token : reset.prompt) seen_[token].in_prompt = true;
-  for (const TokenId token : reset.output) ++seen_[token].output_count;
+  constraint_ = reset.constraint;
+  state_ = constraint_ == nullptr ? 0 : constraint_->start();
+  for (const TokenId token : reset.output) AppendOutput(token);
+}
+
+void TokenHistory::AppendOutput(TokenId token) {
+  ++seen_[token].output_count;
+  if (constraint_ != nullptr) state_ = constraint_->Advance(state_, token);
 }
 
 void SelectTop(absl::Span<const float> logits, int k, std::vector<TokenId>& out) {

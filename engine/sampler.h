@@ -12,10 +12,11 @@
 
 #include "absl/types/span.h"
 #include "engine/batch.h"
+#include "engine/token_constraint.h"
 
 namespace minitron::engine {
 
-// The tokens of one sequence as penalties need them.
+// The tokens of one sequence as penalties need them, and how far its constraint has come.
 class TokenHistory {
  public:
   struct Seen {
@@ -24,11 +25,15 @@ class TokenHistory {
   };
 
   void Reset(const HistoryReset& reset);
-  void AppendOutput(TokenId token) { ++seen_[token].output_count; }
+  void AppendOutput(TokenId token);
   const std::unordered_map<TokenId, Seen>& seen() const { return seen_; }
+  // One bit per token id: who may come next. Requires a constraint.
+  absl::Span<const uint64_t> AllowedTokens() const { return constraint_->Allowed(state_); }
 
  private:
   std::unordered_map<TokenId, Seen> seen_;
+  const TokenConstraint* constraint_ = nullptr;  // owned by the sequence's params
+  TokenConstraint::State state_ = 0;
 };
 
 // Work space of one thread, grown to the vocabulary on first use and then reused.

@@ -3,8 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
+
+#include "engine/token_constraint.h"
 
 namespace minitron::engine {
 
@@ -14,7 +17,8 @@ using TokenId = int32_t;
 inline constexpr int kMaxLogitBiases = 1024;  // per request
 inline constexpr int kMaxStopTokens = 64;     // per request; banned, like the model's own end tokens, before min_tokens
 
-// Order of work: banned tokens, penalties, logit bias, temperature, top-k, top-p, min-p, draw.
+// Order of work: banned tokens and those the constraint does not allow, penalties, logit bias, temperature, top-k,
+// top-p, min-p, draw.
 struct SamplingParams {
   float temperature = 1.0f;         // [0, 2]; 0 is greedy, ties to the lowest id
   int32_t top_k = 0;                // [0, vocab]; 0 keeps all
@@ -27,10 +31,14 @@ struct SamplingParams {
       {};             // at most kMaxLogitBiases; ids unique, in [0, vocab); values in [-100, 100]
   uint64_t seed = 0;  // with the output position the only source of randomness
 
-  // Whether the runner has to keep the tokens of prompt and output for this sequence.
-  bool NeedsHistory() const {
+  // What the output may be; null: anything. Not on CUDA. Goes with min_tokens == 0 and an end-of-sequence token.
+  std::shared_ptr<const TokenConstraint> constraint = nullptr;
+
+  bool HasPenalties() const {
     return repetition_penalty != 1.0f || presence_penalty != 0.0f || frequency_penalty != 0.0f;
   }
+  // Whether the runner has to keep the tokens of prompt and output for this sequence.
+  bool NeedsHistory() const { return HasPenalties() || constraint != nullptr; }
 };
 
 }  // namespace minitron::engine

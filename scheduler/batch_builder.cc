@@ -73,8 +73,8 @@ engine::Batch BuildBatch(const SchedulerOutput& plan, engine::Batch recycled) {
     if (scheduled.samples) AppendSampledRow(scheduled, first_row, sequence_row, batch);
     if (scheduled.resets_history) {
       const Sequence& sequence = *scheduled.sequence;
-      batch.history_resets.push_back(
-          {sequence.history_slot(), sequence.request().prompt_token_ids, sequence.OutputTokens()});
+      batch.history_resets.push_back({sequence.history_slot(), sequence.request().prompt_token_ids,
+                                      sequence.OutputTokens(), sequence.params().constraint.get()});
     }
   }
   return batch;

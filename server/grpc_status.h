@@ -40,6 +40,7 @@ inline constexpr char kWriteStalled[] = "WRITE_STALLED";
 inline constexpr char kNoToken[] = "NO_TOKEN";
 inline constexpr char kUnknownToken[] = "UNKNOWN_TOKEN";
 inline constexpr char kRoleMissing[] = "ROLE_MISSING";
+inline constexpr char kUnsupported[] = "UNSUPPORTED";  // by this model or backend
 inline constexpr char kQuotaExceeded[] = "QUOTA_EXCEEDED";
 }  // namespace reason
 

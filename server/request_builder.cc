@@ -236,6 +236,40 @@ absl::Status CheckAdmission(const CallContext& context, const BuiltRequest& buil
   return context.check_admission(arrival);
 }
 
+absl::Status ReadConstraint(const v1::GenerationTask& task, const ServedModel& model, SamplingParams& params) {
+  if (!task.has_constraint()) return absl::OkStatus();
+  const v1::OutputConstraint& constraint = task.constraint();
+  constexpr char kField[] = "constraint";
+  if (model.constraints == nullptr) {
+    return ReasonError(absl::StatusCode::kUnimplemented, reason::kUnsupported,
+                       absl::StrCat("constraint: the backend ", model.info.backend, " cannot constrain outputs"));
+  }
+  if (task.stopping().min_tokens() > 0) return FieldError(kField, "cannot be kept together with min_tokens");
+  if (task.stopping().ignore_eos()) return FieldError(kField, "cannot be kept together with ignore_eos");
+  switch (constraint.kind_case()) {
+    case v1::OutputConstraint::kRegex:
+      RETURN_IF_ERROR(CheckCount(limits::kRegexBytes, static_cast<int64_t>(constraint.regex().size()), "bytes"));
+      break;
+    case v1::OutputConstraint::kJsonSchema:
+      RETURN_IF_ERROR(
+          CheckCount(limits::kJsonSchemaBytes, static_cast<int64_t>(constraint.json_schema().size()), "bytes"));
+      break;
+    case v1::OutputConstraint::kChoices:
+      RETURN_IF_ERROR(CheckCount(limits::kChoices, constraint.choices().options_size(), "options"));
+      for (const std::string& option : constraint.choices().options()) {
+        RETURN_IF_ERROR(CheckCount(limits::kChoiceBytes, static_cast<int64_t>(option.size()), "bytes"));
+      }
+      break;
+    case v1::OutputConstraint::kJsonObject:
+      if (!constraint.json_object()) return FieldError("constraint.json_object", "false means nothing; leave it out");
+      break;
+    case v1::OutputConstraint::KIND_NOT_SET:
+      return FieldError(kField, "none of regex, json_schema, choices and json_object is set");
+  }
+  ASSIGN_OR_RETURN(params.constraint, model.constraints->Compile(constraint));
+  return absl::OkStatus();
+}
+
 struct ScoreTokens {
   std::vector<TokenId> ids;
   size_t num_context = 0;
@@ -318,6 +352,7 @@ absl::StatusOr<BuiltRequest> BuildGenerate(const v1::GenerationTask& task, const
   RETURN_IF_ERROR(CheckAdmission(context, built, num_sequences, 1));
   ASSIGN_OR_RETURN(built.request.prompt_token_ids, ReadPrompt(task, model));
   RETURN_IF_ERROR(ReadStopping(task.stopping(), model, built));
+  RETURN_IF_ERROR(ReadConstraint(task, model, built.request.params));
   built.request.params.seed = task.sampling().has_seed() ? task.sampling().seed() : context.fresh_seed;
   built.request.num_sequences = num_sequences;
   built.spec.num_sequences = num_sequences;

@@ -14,6 +14,7 @@
 #include "engine/model_runner.h"
 #include "scheduler/queue_ledger.h"
 #include "scheduler/request.h"
+#include "server/constraint/constraint_compiler.h"
 #include "server/tenant_gate.h"
 #include "server/tokenizer.h"
 
@@ -28,6 +29,8 @@ struct ServedModel {
   int default_max_tokens = 256;
   int max_queued_requests = 256;         // a request of more sequences could never be admitted
   const Tokenizer* tokenizer = nullptr;  // owned by main
+  // Null: the backend cannot constrain outputs. Owned by Serving.
+  const constraint::ConstraintCompiler* constraints = nullptr;
 };
 
 // What a call brings besides its message.

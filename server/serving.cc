@@ -151,6 +151,10 @@ Serving::Serving(const ServerOptions& options, const LoadedModel& model, Lifecyc
       on_hang_([] { _exit(kExitHang); }),
       hang_detector_(ToDuration(options.hang_timeout_s), model.longest_step) {
   context_.model = MakeServedModel(options, model);
+  if (model.runner->model_info().backend == "cpu") {
+    constraints_ = std::make_unique<constraint::ConstraintCompiler>(model.tokenizer, context_.model.info.eos_token_ids);
+    context_.model.constraints = constraints_.get();
+  }
   context_.limits = MakeLimits(options, *model.runner);
   context_.max_request_timeout = ToDuration(options.max_request_timeout_s);
   Connect();

@@ -35,6 +35,10 @@ class Setter {
     if (!error_) error_ = UsageError{"--" + name + " \"" + arguments_.Get(name) + "\" is not " + wanted};
   }
 
+  void Refuse(const std::string& message) {
+    if (!error_) error_ = UsageError{message};
+  }
+
   const std::optional<UsageError>& error() const { return error_; }
 
  private:
@@ -83,6 +87,25 @@ void SetStopping(const Arguments& arguments, Setter* setter, v1::StoppingConfig*
   if (arguments.Has("ignore-eos")) stopping->set_ignore_eos(true);
 }
 
+void SetConstraint(const Arguments& arguments, Setter* setter, v1::GenerationTask* task) {
+  const bool has_choices = !arguments.All("choice").empty();
+  const int num_kinds = static_cast<int>(arguments.Has("regex")) + static_cast<int>(arguments.Has("json-schema")) +
+                        static_cast<int>(arguments.Has("json-object")) + static_cast<int>(has_choices);
+  if (num_kinds == 0) return;
+  if (num_kinds > 1) return setter->Refuse("give one of --regex, --json-schema, --json-object and --choice");
+  v1::OutputConstraint* const constraint = task->mutable_constraint();
+  const auto text = [&](const char* name, const std::string& value) {
+    if (!IsUtf8(value)) setter->Complain(name, "valid UTF-8");
+    return value;
+  };
+  if (arguments.Has("regex")) constraint->set_regex(text("regex", arguments.Get("regex")));
+  if (arguments.Has("json-schema")) constraint->set_json_schema(text("json-schema", arguments.Get("json-schema")));
+  if (arguments.Has("json-object")) constraint->set_json_object(true);
+  for (const std::string& choice : arguments.All("choice")) {
+    constraint->mutable_choices()->add_options(text("choice", choice));
+  }
+}
+
 void SetOutput(const Arguments& arguments, Setter* setter, v1::OutputConfig* output) {
   setter->Uint("logprobs", kMaxUint32, [&](uint64_t value) { output->set_logprobs(static_cast<uint32_t>(value)); });
   setter->Uint("prompt-logprobs", kMaxUint32,
@@ -121,6 +144,10 @@ std::vector<OptionSpec> GenerateOptions() {
       {"frequency-penalty", "X", "in [-2, 2]"},
       {"logit-bias", "ID=X", "add X to the logit of a token (repeatable)"},
       {"n", "N", "number of completions, in [1, 16]"},
+      {"regex", "EXPR", "the output matches this regular expression"},
+      {"json-schema", "TEXT", "the output is JSON of this schema"},
+      {"json-object", "", "the output is a JSON object"},
+      {"choice", "TEXT", "the output is this text, or another one given so (repeatable)"},
       {"logprobs", "N", "log-probabilities of each token and N alternatives, as a table on stderr"},
       {"prompt-logprobs", "N", "the same for the prompt"},
       {"keep-special", "", "leave special tokens in the text"},
@@ -198,6 +225,7 @@ std::optional<UsageError> BuildTask(const Arguments& arguments, const std::optio
               [&](uint64_t value) { task->set_truncate_prompt_tokens(static_cast<uint32_t>(value)); });
   SetSampling(arguments, &setter, task->mutable_sampling());
   SetStopping(arguments, &setter, task->mutable_stopping());
+  SetConstraint(arguments, &setter, task);
   SetOutput(arguments, &setter, task->mutable_output());
   SetTokenizeOptions(arguments, task->mutable_tokenize_options());
   return setter.error();

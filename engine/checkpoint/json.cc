@@ -158,4 +158,50 @@ bool ParseJson(const char* text, int64_t num_bytes, const JsonLimits& limits, Js
   return nlohmann::json::sax_parse(text, text + num_bytes, &builder);
 }
 
+namespace {
+
+std::string QuoteJson(const std::string& text) {
+  std::string result = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') {
+      result += '\\';
+      result += c;
+    } else if (static_cast<unsigned char>(c) < 0x20) {
+      char escaped[8];
+      std::snprintf(escaped, sizeof(escaped), "\\u%04x", static_cast<unsigned>(c));
+      result += escaped;
+    } else {
+      result += c;
+    }
+  }
+  return result + '"';
+}
+
+}  // namespace
+
+std::string WriteJson(const JsonValue& value) {
+  switch (value.type) {
+    case JsonValue::Type::kString:
+      return QuoteJson(value.string);
+    case JsonValue::Type::kNumber: {
+      char text[40];
+      std::snprintf(text, sizeof(text), "%.17g", value.number);
+      return text;
+    }
+    case JsonValue::Type::kArray:
+    case JsonValue::Type::kObject:
+      break;
+    default:
+      return value.Describe();
+  }
+  const bool is_object = value.is(JsonValue::Type::kObject);
+  std::string text = is_object ? "{" : "[";
+  for (size_t i = 0; i < value.items.size(); ++i) {
+    if (i > 0) text += ',';
+    if (is_object) text += QuoteJson(value.keys[i]) + ':';
+    text += WriteJson(value.items[i]);
+  }
+  return text + (is_object ? '}' : ']');
+}
+
 }  // namespace minitron::engine

@@ -39,4 +39,7 @@ struct JsonLimits {
 // invalid UTF-8, NUL bytes, numbers outside double, duplicate keys, or a limit passed.
 bool ParseJson(const char* text, int64_t num_bytes, const JsonLimits& limits, JsonValue* value, std::string* error);
 
+// The value as compact JSON text; numbers so that they read back the same.
+std::string WriteJson(const JsonValue& value);
+
 }  // namespace minitron::engine

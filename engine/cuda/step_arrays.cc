@@ -98,6 +98,7 @@ void StepPlan::AddResult(const ResultRow& row, int vocab) {
   if (row.target == kNone) {
     const SamplingParams& params = *row.params;
     out.uniform = UniformForPosition(params.seed, row.output_position);
+    CHECK(params.constraint == nullptr);
     out.uses_history = params.NeedsHistory() ? 1 : 0;
     CHECK(out.uses_history == 0 || row.history_slot != kNone);
     out.temperature = params.temperature;

@@ -29,7 +29,7 @@ absl::StatusOr<JsonValue> Parse(const std::string& body) {
   engine::JsonLimits limits;
   limits.max_bytes = static_cast<int64_t>(body.size());  // bounded when it was read
   limits.max_values = 2 * limits::kMaxTokenIds;
-  limits.max_depth = 8;
+  limits.max_depth = 40;  // a response_format holds a schema
   if (!engine::ParseJson(body.data(), static_cast<int64_t>(body.size()), limits, &value, &error)) {
     return FieldError("body", error);
   }

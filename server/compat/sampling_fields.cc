@@ -7,6 +7,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "engine/base/status_macros.h"
+#include "server/compat/constraint_fields.h"
 #include "server/grpc_status.h"
 
 namespace minitron::server::compat {
@@ -226,7 +227,7 @@ absl::StatusOr<std::vector<uint32_t>> ReadTokenIds(const std::string& field, con
 absl::StatusOr<bool> ReadSamplingField(const std::string& key, const JsonValue& value, JsonTyping typing,
                                        v1::GenerationTask& task) {
   const auto found = Handlers().find(key);
-  if (found == Handlers().end()) return false;
+  if (found == Handlers().end()) return ReadConstraintField(key, value, task);
   if (value.is(Type::kNull)) return true;
   RETURN_IF_ERROR(found->second(Reader{key, value, typing, task}));
   return true;

@@ -126,6 +126,15 @@ TEST(GenerateRequestTest, OptionsBecomeFields) {
   EXPECT_EQ(task.cache_salt(), "s");
 }
 
+TEST(GenerateRequestTest, AtMostOneConstraintIsGiven) {
+  v1::GenerationTask task;
+  ASSERT_FALSE(BuildTask(Parsed({"--choice=yes", "--choice=no"}), "prompt", &task).has_value());
+  EXPECT_THAT(task.constraint().choices().options(), ElementsAre("yes", "no"));
+  ASSERT_FALSE(BuildTask(Parsed({"--regex=[0-9]+"}), "prompt", &task).has_value());
+  EXPECT_EQ(task.constraint().regex(), "[0-9]+");
+  EXPECT_THAT(TaskError({"--regex=a", "--json-object"}), HasSubstr("give one of --regex"));
+}
+
 TEST(GenerateRequestTest, ValuesThatAreNoNumbersAreNamed) {
   EXPECT_EQ(TaskError({"--top-k=-1"}), "--top-k \"-1\" is not a whole number from 0");
   EXPECT_EQ(TaskError({"--temperature=hot"}), "--temperature \"hot\" is not a number");

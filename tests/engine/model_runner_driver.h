@@ -168,7 +168,8 @@ class Driver {
     Batch& batch = step.batch;
     const int prompt_len = static_cast<int>(job.prompt.size());
     const int sequence_index = batch.num_sequences();
-    if (sequence.num_computed == 0) batch.history_resets.push_back({sequence.slot, job.prompt, {}});
+    if (sequence.num_computed == 0)
+      batch.history_resets.push_back({sequence.slot, job.prompt, {}, job.params.constraint.get()});
     const int end = sequence.num_computed + count;
     while (static_cast<int>(sequence.blocks.size()) * schedule_.block_size < end) {
       sequence.blocks.push_back(free_blocks_.back());

@@ -143,6 +143,43 @@ TEST_F(RequestBuilderTest, CountsAndBytesAreBounded) {
   ExpectRefused("text");
 }
 
+TEST_F(RequestBuilderTest, AConstraintIsCompiledOrRefused) {
+  v1::OutputConstraint& constraint = *task_.mutable_constraint();
+  constraint.set_regex("[0-9]+");
+  EXPECT_EQ(Build().status().code(), absl::StatusCode::kUnimplemented) << "a backend without";
+  const constraint::ConstraintCompiler compiler(tokenizer_.get(), {3});
+  model_.constraints = &compiler;
+  ASSERT_TRUE(Build().ok());
+  EXPECT_NE(Build()->request.params.constraint, nullptr);
+  EXPECT_TRUE(Build()->request.params.NeedsHistory());
+  std::string longest = "a?";
+  while (longest.size() < 4096) longest += "|a";
+  constraint.set_regex(longest);
+  ExpectAccepted();
+  constraint.set_regex(std::string(4097, 'a'));
+  ExpectRefused("constraint.regex");
+  constraint.set_regex("");
+  ExpectRefused("constraint.regex");
+  constraint.set_json_schema("");
+  ExpectRefused("constraint.json_schema");
+  constraint.set_json_object(false);
+  ExpectRefused("constraint.json_object");
+  constraint.mutable_choices();
+  ExpectRefused("constraint.choices");
+  constraint.mutable_choices()->add_options("");
+  ExpectRefused("constraint.choices");
+  constraint.mutable_choices()->set_options(0, "yes");
+  ExpectAccepted();
+  task_.mutable_stopping()->set_min_tokens(1);
+  ExpectRefused("constraint");
+  task_.mutable_stopping()->clear_min_tokens();
+  task_.mutable_stopping()->set_ignore_eos(true);
+  ExpectRefused("constraint");
+  task_.clear_stopping();
+  constraint.clear_kind();
+  ExpectRefused("constraint");
+}
+
 TEST_F(RequestBuilderTest, PromptMustBeThereAndFit) {
   task_.clear_prompt();
   ExpectRefused("prompt");

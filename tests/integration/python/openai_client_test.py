@@ -80,6 +80,25 @@ class CompletionsTest(HttpTestCase):
             self.assertEqual(usage.completion_tokens,
                              sum(s.finished.usage.completion_tokens for s in native.sequences))
 
+    def test_the_form_of_the_answer_can_be_given(self):
+        schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}},
+                  "required": ["n"], "additionalProperties": False}
+        answer = self.client.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=50, seed=1,
+            extra_body={"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}})
+        self.assertIn(json.loads(answer.choices[0].text)["n"], range(10))
+        self.assertEqual(answer.choices[0].finish_reason, "stop")
+        for extra in ({"guided_choice": ["yes", "no"]}, {"guided_regex": "yes|no"},
+                      {"structured_outputs": {"choice": ["no", "yes"]}}, {"guided_json": {"enum": ["yes", "no"]}}):
+            text = self.client.completions.create(model=MODEL, prompt=PROMPT, extra_body=extra).choices[0].text
+            self.assertIn(text.strip('"'), ("yes", "no"))
+        for extra, field in (({"guided_regex": "("}, "constraint.regex"), ({"guided_json": "{"}, "constraint.json_schema"),
+                             ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+                             ({"response_format": {"type": "xml"}}, "response_format.type")):
+            with self.assertRaises(openai.BadRequestError) as caught:
+                self.client.completions.create(model=MODEL, prompt=PROMPT, extra_body=extra)
+            self.assertEqual(caught.exception.body["param"], field)
+
     def test_prompts_come_in_four_forms(self):
         tokens = json.loads(self.request("POST", "/tokenize", {"prompt": PROMPT})[1])["tokens"]
         text = self.complete(prompt=PROMPT, seed=1, max_tokens=8)["choices"][0]["text"]

@@ -72,6 +72,20 @@ TEST(CudaServingTest, ARequestHasTheSameBitsHoweverTheWorkIsCutUp) {
   ExpectAllReached(marks);
 }
 
+// A cached prefix, a chunk and a recomputed context read the same bytes of an 8-bit cache, too.
+TEST(CudaServingTest, AnFp8CacheKeepsThePromiseAsWell) {
+  const engine::RandomModel model(TinyConfig(), engine::DType::kBf16, 5);
+  const RequestSizes sizes{.vocab_size = model.config().vocab_size, .max_requests = 5, .max_prompt = 24, .max_pool = 1};
+  const MakeRunner make = [&model](engine::RunnerLimits limits, const Schedule&) {
+    limits.kv_cache_type = engine::KvCacheType::kFp8;
+    return MakeCuda(model.config(), model.weights(), limits);
+  };
+  Marks marks;
+  ExpectSameBitsHoweverTheWorkIsCutUp(make, model.config().max_position_embeddings, sizes, {Overlap::kAuto}, 2, marks);
+  EXPECT_GT(marks.warm_hit_tokens, 0);
+  EXPECT_GT(marks.chunked_prompts, 0);
+}
+
 // The shipped model and what reads it.
 struct ShippedModel {
   ShippedModel() {

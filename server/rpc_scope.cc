@@ -26,11 +26,6 @@ uint64_t Mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-bool IsEchoable(const std::string& id) {
-  return !id.empty() && id.size() <= 128 &&
-         std::all_of(id.begin(), id.end(), [](char c) { return c >= 32 && c < 127; });
-}
-
 // How a refused caller is counted and logged.
 absl::Status Refuse(ServerContext& server, const char* why, absl::StatusCode code, const char* reason,
                     const std::string& message) {
@@ -39,6 +34,11 @@ absl::Status Refuse(ServerContext& server, const char* why, absl::StatusCode cod
 }
 
 }  // namespace
+
+bool IsEchoable(const std::string& id) {
+  return !id.empty() && id.size() <= 128 &&
+         std::all_of(id.begin(), id.end(), [](char c) { return c >= 32 && c < 127; });
+}
 
 RequestNames::RequestNames() {
   std::random_device device;

@@ -80,4 +80,7 @@ grpc::ServerUnaryReactor* AnswerUnary(ServerContext* server, grpc::CallbackServe
 // Whether `text` is a version 00 traceparent of W3C Trace Context: 00-<trace id>-<parent id>-<flags>.
 bool IsTraceparent(const std::string& text);
 
+// Whether `id` may be returned and logged: 1 to 128 bytes of printable ASCII.
+bool IsEchoable(const std::string& id);
+
 }  // namespace minitron::server

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/base/status_macros.h"
 #include "server/grpc_status.h"
+#include "server/rpc_scope.h"
 
 namespace minitron::server::compat {
 namespace {
@@ -21,6 +22,12 @@ absl::Status Refuse(ServerContext& server, const char* why, absl::StatusCode cod
                     const std::string& message) {
   if (server.operator_metrics != nullptr) server.operator_metrics->CountAuthFailure(why);
   return ReasonError(code, reason, message);
+}
+
+// The client's name for its request, if it may be shown to anybody, or a fresh one.
+std::string NameOf(const HttpExchange& exchange, ServerContext& server) {
+  std::string name = exchange.Header("x-request-id");
+  return IsEchoable(name) ? name : server.names.FreshName();
 }
 
 const char* ErrorType(int code) {
@@ -94,12 +101,22 @@ absl::Status FromGrpcStatus(const grpc::Status& status) {
 }
 
 HttpCall::HttpCall(ServerContext* server, HttpExchange* exchange, const char* path)
-    : server_(server), exchange_(exchange), path_(path), arrival_(server->now()) {
+    : server_(server),
+      exchange_(exchange),
+      path_(path),
+      arrival_(server->now()),
+      request_id_(NameOf(*exchange, *server)),
+      traceparent_(exchange->Header("traceparent")) {
   server_->metrics->StreamOpened();
+  server_->open_calls.Enter();
+  exchange_->AddHeaders(absl::StrCat("x-request-id: ", request_id_, "\r\n"));
+  if (!IsTraceparent(traceparent_)) traceparent_.clear();
+  if (!traceparent_.empty()) exchange_->AddHeaders(absl::StrCat("traceparent: ", traceparent_, "\r\n"));
 }
 
 HttpCall::~HttpCall() {
   server_->metrics->StreamClosed();
+  server_->open_calls.Leave();
   server_->metrics->CountHttp(path_, exchange_->code());
   if (server_->audit == nullptr) return;
   const double seconds = std::chrono::duration<double>(server_->now() - arrival_).count();
@@ -108,7 +125,9 @@ HttpCall::~HttpCall() {
                             {"tenant", identity_.tenant.substr(0, 64)},
                             {"token_id", identity_.token_id},
                             {"peer", exchange_->peer().substr(0, 128)},
-                            {"duration_ms", absl::StrCat(static_cast<int64_t>(seconds * 1000))}};
+                            {"duration_ms", absl::StrCat(static_cast<int64_t>(seconds * 1000))},
+                            {"request_id", request_id_}};
+  if (!traceparent_.empty()) fields.emplace_back("traceparent", traceparent_);
   if (num_prompt_tokens_ > 0) fields.emplace_back("prompt_tokens", absl::StrCat(num_prompt_tokens_));
   if (num_output_tokens_ > 0) fields.emplace_back("completion_tokens", absl::StrCat(num_output_tokens_));
   server_->audit->Write("call", fields);
@@ -134,8 +153,13 @@ absl::Status HttpCall::Authorize(Role role) {
                 absl::StrCat("this path takes the role ", role == Role::kAdmin ? "admin" : "user"));
 }
 
-CallContext HttpCall::NextRequest() const {
+CallContext HttpCall::NextRequest(size_t index, size_t count) const {
   CallContext call;
+  call.request_id = count == 1 ? request_id_ : absl::StrCat(request_id_, "-", index);
+  call.check_admission = [server = server_](const scheduler::Arrival& at_door) {
+    if (server->draining.load()) return DrainingError();
+    return server->check_admission(at_door);
+  };
   call.tenant = identity_.tenant;
   call.arrival = arrival_;
   call.deadline = call.arrival + server_->max_request_timeout;
@@ -144,14 +168,13 @@ CallContext HttpCall::NextRequest() const {
   return call;
 }
 
-absl::StatusOr<CallContext> HttpCall::Begin() {
+absl::Status HttpCall::Begin() {
   RETURN_IF_ERROR(Authorize(Role::kUser));
-  if (server_->tenants != nullptr && server_->auth != nullptr) {
-    auto stream = server_->tenants->OpenStream(identity_.tenant);
-    if (!stream.ok()) return stream.status();
-    stream_ = *std::move(stream);
-  }
-  return NextRequest();
+  if (server_->tenants == nullptr || server_->auth == nullptr) return absl::OkStatus();
+  auto stream = server_->tenants->OpenStream(identity_.tenant);
+  if (!stream.ok()) return stream.status();
+  stream_ = *std::move(stream);
+  return absl::OkStatus();
 }
 
 void HttpCall::RespondError(const absl::Status& status) {

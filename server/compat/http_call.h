@@ -21,11 +21,12 @@ class HttpCall {
 
   // Errors: UNAUTHENTICATED, PERMISSION_DENIED.
   absl::Status Authorize(Role role);
-  // Authorize, a place among the tenant's streams, and what a request that uses the engine needs to know of its caller.
+  // Authorize, and a place among the tenant's streams.
   // Errors: as Authorize; RESOURCE_EXHAUSTED.
-  absl::StatusOr<CallContext> Begin();
-  // The same caller's next request.
-  CallContext NextRequest() const;
+  absl::Status Begin();
+  // The same caller's request `index` of `count`: the name in x-request-id is the one's, or its start is, with "-0",
+  // "-1" and so on behind it.
+  CallContext NextRequest(size_t index, size_t count) const;
 
   // Answers with the HTTP code and the error object that `status` means.
   void RespondError(const absl::Status& status);
@@ -43,6 +44,8 @@ class HttpCall {
   HttpExchange* exchange_;  // the handler's
   const char* path_;
   const scheduler::TimePoint arrival_;
+  const std::string request_id_;  // the client's, or a fresh one; goes back to it, as traceparent does
+  std::string traceparent_;       // empty unless valid
   Identity identity_;
   std::unique_ptr<TenantGate::Stream> stream_;
   int num_prompt_tokens_ = 0;

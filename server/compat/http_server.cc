@@ -1,6 +1,10 @@
 #include "server/compat/http_server.h"
 
 #include <civetweb.h>
+#include <dirent.h>
+#include <netdb.h>
+#include <poll.h>
+#include <sys/socket.h>
 
 #include <cstdlib>
 #include <vector>
@@ -20,6 +24,36 @@ int Handle(mg_connection* connection, void* handler) {
   HttpExchange exchange(connection);
   (*static_cast<const HttpServer::Handler*>(handler))(exchange);
   return exchange.code();
+}
+
+// A numeric address with its port, as civetweb spells the parts.
+std::string Spell(const sockaddr_storage& address, socklen_t length) {
+  char host[NI_MAXHOST];
+  char port[NI_MAXSERV];
+  constexpr int kNumeric = NI_NUMERICHOST | NI_NUMERICSERV;
+  const auto* plain = reinterpret_cast<const sockaddr*>(&address);
+  if (getnameinfo(plain, length, host, sizeof(host), port, sizeof(port), kNumeric) != 0) return "";
+  return absl::StrCat(host, " ", port);
+}
+
+// civetweb keeps the descriptor of a connection to itself: it is the one of this process with the connection's peer. It
+// stays the connection's as long as its handler runs. -1 when there is none. A system call per open descriptor.
+int FindSocket(const mg_request_info& info) {
+  const std::string wanted = absl::StrCat(info.remote_addr, " ", info.remote_port);
+  const std::unique_ptr<DIR, int (*)(DIR*)> open(opendir("/proc/self/fd"), closedir);
+  while (const dirent* entry = open == nullptr ? nullptr : readdir(open.get())) {
+    const int fd = std::atoi(entry->d_name);
+    sockaddr_storage address{};
+    socklen_t length = sizeof(address);
+    if (getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) continue;
+    if (address.ss_family != AF_INET && address.ss_family != AF_INET6) continue;
+    if (Spell(address, length) != wanted) continue;
+    length = sizeof(address);
+    if (getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) continue;
+    const std::string local = Spell(address, length);
+    if (local.substr(local.find(' ') + 1) == absl::StrCat(info.server_port)) return fd;
+  }
+  return -1;
 }
 
 const char* Phrase(int code) { return mg_get_response_code_text(nullptr, code); }
@@ -59,22 +93,29 @@ absl::StatusOr<std::string> HttpExchange::ReadBody(int64_t max_bytes) {
   return body;
 }
 
+bool HttpExchange::ClientIsGone() {
+  if (!socket_.has_value()) socket_ = FindSocket(*mg_get_request_info(connection_));
+  pollfd socket{*socket_, POLLRDHUP, 0};
+  return *socket_ >= 0 && poll(&socket, 1, 0) > 0 && (socket.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
+}
+
 void HttpExchange::Respond(int code, const std::string& content_type, const std::string& body,
                            const std::string& headers) {
   code_ = code;
   const std::string head = absl::StrFormat(
       "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nConnection: close\r\n"
-      "X-Content-Type-Options: nosniff\r\n%s\r\n",
-      code, Phrase(code), content_type, body.size(), headers);
+      "X-Content-Type-Options: nosniff\r\n%s%s\r\n",
+      code, Phrase(code), content_type, body.size(), headers_, headers);
   if (mg_write(connection_, head.data(), head.size()) > 0) mg_write(connection_, body.data(), body.size());
 }
 
 bool HttpExchange::BeginEvents() {
   code_ = 200;
-  constexpr char kHead[] =
+  const std::string head = absl::StrCat(
       "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n"
-      "Transfer-Encoding: chunked\r\nConnection: close\r\nX-Content-Type-Options: nosniff\r\n\r\n";
-  return mg_write(connection_, kHead, sizeof(kHead) - 1) > 0;
+      "Transfer-Encoding: chunked\r\nConnection: close\r\nX-Content-Type-Options: nosniff\r\n",
+      headers_, "\r\n");
+  return mg_write(connection_, head.data(), head.size()) > 0;
 }
 
 bool HttpExchange::SendEvent(const std::string& data) {

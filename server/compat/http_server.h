@@ -5,6 +5,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -38,6 +39,13 @@ class HttpExchange {
   // Sends a whole answer. `headers` are lines that end in "\r\n". Either this, once, or the three below.
   void Respond(int code, const std::string& content_type, const std::string& body, const std::string& headers = "");
 
+  // Lines that end in "\r\n" and go into the head of whatever answer comes.
+  void AddHeaders(const std::string& headers) { headers_ += headers; }
+
+  // Whether the client closed its side while it waits for the answer, or is gone. A client that half-closes counts as
+  // gone, as it does for most proxies. False when it cannot be told.
+  bool ClientIsGone();
+
   // Starts an answer of server-sent events; sends one; ends it. False when the client is gone.
   bool BeginEvents();
   bool SendEvent(const std::string& data);
@@ -48,6 +56,8 @@ class HttpExchange {
  private:
   mg_connection* connection_;  // civetweb's, for the length of the handler
   int code_ = 0;
+  std::string headers_;
+  std::optional<int> socket_;  // looked for once; -1: not found
 };
 
 class HttpServer {

@@ -16,6 +16,9 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+// How often a request whose answer comes in one piece looks whether somebody still waits for it.
+constexpr std::chrono::milliseconds kLookForClient{100};
+
 std::string Dump(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
 
 int64_t UnixSeconds() {
@@ -67,11 +70,17 @@ class OpenAiHttp::Events {
   }
   // Waits. Every admitted request sends Complete or a status at last: it has a deadline.
   std::pair<size_t, Event> Pop() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [this] { return !queue_.empty(); });
+    while (!WaitFor(std::chrono::hours(1))) {
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
     auto event = std::move(queue_.front());
     queue_.pop_front();
     return event;
+  }
+  // Whether there is an event, after at most `time`.
+  bool WaitFor(scheduler::Duration time) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    return changed_.wait_for(lock, time, [this] { return !queue_.empty(); });
   }
   std::atomic<scheduler::RequestId>& id(size_t prompt) { return ids_[prompt]; }
   void Abort(const ServerContext& server) {
@@ -156,7 +165,7 @@ void OpenAiHttp::Handle(HttpExchange& exchange) {
 
 void OpenAiHttp::Complete(HttpCall& call, bool is_chat) {
   const auto read = [&]() -> absl::StatusOr<CompletionRequest> {
-    RETURN_IF_ERROR(call.Begin().status());
+    RETURN_IF_ERROR(call.Begin());
     ASSIGN_OR_RETURN(const std::string body, call.exchange().ReadBody(max_body_bytes_));
     return is_chat ? ReadChat(body, chat_template_, server_->model) : ReadCompletion(body);
   };
@@ -190,9 +199,9 @@ absl::Status OpenAiHttp::AdmitAll(HttpCall& call, const CompletionRequest& reque
   // All are built before the first is admitted: one bad prompt costs the engine nothing.
   std::vector<BuiltRequest> built;
   for (size_t i = 0; i < request.tasks.size(); ++i) {
-    absl::StatusOr<BuiltRequest> one = request.score_only
-                                           ? BuildPromptScore(request.tasks[i], server_->model, call.NextRequest())
-                                           : BuildGenerate(request.tasks[i], server_->model, call.NextRequest());
+    const CallContext caller = call.NextRequest(i, request.tasks.size());
+    absl::StatusOr<BuiltRequest> one = request.score_only ? BuildPromptScore(request.tasks[i], server_->model, caller)
+                                                          : BuildGenerate(request.tasks[i], server_->model, caller);
     if (!one.ok()) {
       CountRefusal(*server_, one.status(), call.tenant());
       return one.status();
@@ -214,7 +223,17 @@ absl::Status OpenAiHttp::AdmitAll(HttpCall& call, const CompletionRequest& reque
 }
 
 void OpenAiHttp::Answer(HttpCall& call, const CompletionRequest& request, CompletionAnswer& answer, Events& events) {
+  auto next_look = scheduler::Clock::now() + kLookForClient;
   for (size_t num_complete = 0; num_complete < request.tasks.size();) {
+    const bool has_event = events.WaitFor(kLookForClient);
+    if (const auto now = scheduler::Clock::now(); now >= next_look) {
+      next_look = now + kLookForClient;
+      if (call.exchange().ClientIsGone()) {
+        events.Abort(*server_);
+        return call.RespondError(ReasonError(absl::StatusCode::kCancelled, reason::kCancelled, "the client is gone"));
+      }
+    }
+    if (!has_event) continue;
     const auto [prompt, event] = events.Pop();
     if (const auto* status = std::get_if<grpc::Status>(&event)) {
       events.Abort(*server_);

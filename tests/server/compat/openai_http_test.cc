@@ -111,6 +111,57 @@ TEST_F(OpenAiHttpTest, AClientThatLeavesAStreamFreesItsRequests) {
   harness_.engine->WaitForAborts(2);
 }
 
+TEST_F(OpenAiHttpTest, AClientThatLeavesARequestWithoutAStreamFreesItToo) {
+  {
+    Connection connection(http_->port());
+    connection.Post("/v1/completions", R"({"prompt":["to be","or not"],"max_tokens":4000})");
+    harness_.engine->WaitForRequests(2);
+  }
+  harness_.engine->WaitForAborts(2);  // before the engine made a single step
+  harness_.Step(1);
+  EXPECT_EQ(harness_.engine->num_live(), 0);
+}
+
+TEST_F(OpenAiHttpTest, ItIsMissedAlsoWhileTokensComeWithoutAPause) {
+  harness_.context.model.info.max_context_tokens = 1 << 30;
+  {
+    Connection connection(http_->port());
+    connection.Post("/v1/completions", R"({"prompt":"to be","max_tokens":1000000000})");
+    harness_.engine->WaitForRequests(1);
+    harness_.RunEngine();  // never idle: steps follow each other until the request is aborted
+  }
+  harness_.engine->WaitForAborts(1);
+}
+
+TEST_F(OpenAiHttpTest, NamesAndTracesComeBackAndCanBeCancelled) {
+  const std::string trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+  const auto post = [&](Connection& connection, const std::string& headers, const std::string& body) {
+    connection.Send("POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + headers +
+                    "Content-Length: " + std::to_string(body.size()) + "\r\n\r\n" + body);
+  };
+  Connection named(http_->port());
+  post(named, "x-request-id: mine\r\ntraceparent: " + trace + "\r\n", R"({"prompt":"to be","max_tokens":4000})");
+  harness_.engine->WaitForRequests(1);
+  EXPECT_TRUE(harness_.output->CancelByName("mine"));
+  harness_.Step(1);
+  const std::string answer = named.ReadAll();
+  EXPECT_THAT(answer, HasSubstr("x-request-id: mine\r\n"));
+  EXPECT_THAT(answer, HasSubstr("traceparent: " + trace + "\r\n"));
+
+  Connection hostile(http_->port());
+  post(hostile, "x-request-id: \xff\r\ntraceparent: 00-0\r\n", R"({"prompt":"a","max_tokens":0})");
+  const std::string refused = hostile.ReadAll();
+  EXPECT_THAT(refused, HasSubstr("x-request-id: req-"));
+  EXPECT_THAT(refused, Not(HasSubstr("traceparent")));
+}
+
+TEST_F(OpenAiHttpTest, ARequestTheEngineCannotTakeIsRefusedBeforeItIsTokenized) {
+  harness_.engine->early_refusal = absl::UnavailableError("no room");
+  Connection connection(http_->port());
+  connection.Post("/v1/completions", R"({"prompt":"a"})");
+  EXPECT_THAT(connection.ReadAll(), StartsWith("HTTP/1.1 503"));
+}
+
 TEST_F(OpenAiHttpTest, OneRefusedPromptOfManyAbortsTheOthers) {
   Connection connection(http_->port());
   harness_.context.model.info.max_context_tokens = 8;

@@ -31,22 +31,29 @@ absl::Status CheckUnused(const ::vllm::GenerateRequest& request) {
   if (!request.lora_name().empty()) return Unsupported("lora_name");
   if (request.kv().has_kv_transfer_params()) return Unsupported("kv.kv_transfer_params");
   if (request.kv().has_ec_transfer_params()) return Unsupported("kv.ec_transfer_params");
-  const ::vllm::DecodingParameters& decoding = request.decoding();
-  if (decoding.allowed_token_ids_size() > 0) return Unsupported("decoding.allowed_token_ids");
+  if (request.decoding().allowed_token_ids_size() > 0) return Unsupported("decoding.allowed_token_ids");
+  return absl::OkStatus();
+}
+
+absl::Status ReadConstraint(const ::vllm::DecodingParameters& decoding, v1::GenerationTask& task) {
   using Decoding = ::vllm::DecodingParameters;
   switch (decoding.structured_output_case()) {
     case Decoding::STRUCTURED_OUTPUT_NOT_SET:
-      return absl::OkStatus();
+      break;
     case Decoding::kJson:
-      return Unsupported("decoding.json");
+      task.mutable_constraint()->set_json_schema(decoding.json());
+      break;
     case Decoding::kRegex:
-      return Unsupported("decoding.regex");
+      task.mutable_constraint()->set_regex(decoding.regex());
+      break;
     case Decoding::kChoice:
-      return Unsupported("decoding.choice");
+      *task.mutable_constraint()->mutable_choices()->mutable_options() = decoding.choice().choices();
+      break;
+    case Decoding::kJsonObject:
+      if (decoding.json_object()) task.mutable_constraint()->set_json_object(true);
+      break;
     case Decoding::kGrammar:
       return Unsupported("decoding.grammar");
-    case Decoding::kJsonObject:
-      return decoding.json_object() ? Unsupported("decoding.json_object") : absl::OkStatus();
     case Decoding::kStructuralTag:
       return Unsupported("decoding.structural_tag");
   }
@@ -116,22 +123,29 @@ absl::Status CheckUnused(const ::vllm::grpc::engine::GenerateRequest& request) {
     return FieldError("data_parallel_rank", absl::StrCat(request.data_parallel_rank(), " is not there, only 0 is"),
                       {{"value", absl::StrCat(request.data_parallel_rank())}, {"limit", "0"}});
   }
-  const SamplingParams& params = request.sampling_params();
+  return absl::OkStatus();
+}
+
+absl::Status ReadConstraint(const SamplingParams& params, v1::GenerationTask& task) {
   switch (params.constraint_case()) {
     case SamplingParams::CONSTRAINT_NOT_SET:
-      return absl::OkStatus();
+      break;
     case SamplingParams::kJsonSchema:
-      return Unsupported("sampling_params.json_schema");
+      task.mutable_constraint()->set_json_schema(params.json_schema());
+      break;
     case SamplingParams::kRegex:
-      return Unsupported("sampling_params.regex");
+      task.mutable_constraint()->set_regex(params.regex());
+      break;
+    case SamplingParams::kChoice:
+      *task.mutable_constraint()->mutable_choices()->mutable_options() = params.choice().choices();
+      break;
+    case SamplingParams::kJsonObject:
+      if (params.json_object()) task.mutable_constraint()->set_json_object(true);
+      break;
     case SamplingParams::kGrammar:
       return Unsupported("sampling_params.grammar");
     case SamplingParams::kStructuralTag:
       return Unsupported("sampling_params.structural_tag");
-    case SamplingParams::kJsonObject:
-      return params.json_object() ? Unsupported("sampling_params.json_object") : absl::OkStatus();
-    case SamplingParams::kChoice:
-      return Unsupported("sampling_params.choice");
   }
   return absl::OkStatus();
 }
@@ -186,6 +200,7 @@ absl::StatusOr<VllmTask> ReadVllmRequest(const ::vllm::GenerateRequest& request,
   ReadSampling(request, *task.mutable_sampling());
   ReadStopping(request.stopping(), *task.mutable_stopping());
   RETURN_IF_ERROR(ReadResponseOptions(request.response(), result));
+  RETURN_IF_ERROR(ReadConstraint(request.decoding(), task));
   task.set_cache_salt(request.kv().bypass_prefix_cache() ? fresh_salt : request.kv().cache_salt());
   task.set_truncate_prompt_tokens(request.truncate_prompt_tokens());
   task.set_priority(Negate(request.priority()));
@@ -202,6 +217,7 @@ absl::StatusOr<v1::GenerationTask> ReadEngineRequest(const ::vllm::grpc::engine:
   if (request.has_tokenized()) *task.mutable_token_ids()->mutable_ids() = request.tokenized().input_ids();
   RETURN_IF_ERROR(ReadEngineSampling(params, *task.mutable_sampling()));
   RETURN_IF_ERROR(ReadEngineOutput(params, *task.mutable_output()));
+  RETURN_IF_ERROR(ReadConstraint(params, task));
   v1::StoppingConfig& stopping = *task.mutable_stopping();
   if (params.has_max_tokens()) stopping.set_max_tokens(params.max_tokens());
   stopping.set_min_tokens(params.min_tokens());

@@ -1,6 +1,8 @@
 """vLLM's gRPC protocols against the real server: the engine protocol with the stubs that gateways use, unmodified;
 vllm.Inference and vllm.Control by reflection. What they say is what the native API says."""
 
+import json
+import re
 import unittest
 
 import grpc
@@ -93,6 +95,19 @@ class VllmEngineTest(server_fixture.ServerTestCase):
         self.assertEqual(len(prompt.token_logprobs), answer.complete.prompt_tokens)
         self.assertFalse(prompt.token_logprobs[0].HasField("value"))
         self.assertTrue(all(entry.HasField("value") for entry in prompt.token_logprobs[1:]))
+
+    def test_structured_output(self):
+        schema = '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}'
+        for seed in range(4):
+            for constraint, matches in (
+                    ({"regex": "[a-f]{3}-[0-9]{2}"}, lambda text: re.fullmatch("[a-f]{3}-[0-9]{2}", text)),
+                    ({"choice": {"choices": ["yes", "no, never"]}}, lambda text: text in ("yes", "no, never")),
+                    ({"json_schema": schema}, lambda text: isinstance(json.loads(text)["n"], int))):
+                [answer] = self.generate(PROMPTS[0], 60, False, seed=seed, temperature=1.5, **constraint)
+                self.assertEqual(answer.complete.finish_reason, "stop")
+                request = self.native.message("minitron.v1.DetokenizeRequest")(token_ids=answer.complete.output_ids)
+                text = self.native.call("minitron.v1.GenerationService", "Detokenize", request).text
+                self.assertTrue(matches(text.strip()), (constraint, text))
 
     def test_management(self):
         self.assertTrue(self.stub.HealthCheck(vllm_engine_pb2.HealthCheckRequest()).healthy)

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <climits>
+#include <functional>
 #include <future>
 #include <utility>
 
@@ -158,9 +159,9 @@ TEST_F(VllmCallsTest, WhatIsNotHereIsRefusedByName) {
   ::vllm::GenerateRequest allowed = Request(1);
   allowed.mutable_decoding()->add_allowed_token_ids(1);
   expect(allowed, "decoding.allowed_token_ids");
-  ::vllm::GenerateRequest regex = Request(1);
-  regex.mutable_decoding()->set_regex("a");
-  expect(regex, "decoding.regex");
+  ::vllm::GenerateRequest grammar = Request(1);
+  grammar.mutable_decoding()->set_grammar("a");
+  expect(grammar, "decoding.grammar");
   ::vllm::GenerateRequest all = Request(1);
   all.mutable_response()->mutable_output_candidates()->set_all(true);
   expect(all, "response.output_candidates.all");
@@ -185,9 +186,9 @@ TEST_F(VllmCallsTest, TheEngineProtocolRefusesByNameToo) {
   vllm_engine::GenerateRequest images = EngineRequest(1, false);
   images.set_mm_inputs("x");
   expect(images, "mm_inputs");
-  vllm_engine::GenerateRequest schema = EngineRequest(1, false);
-  schema.mutable_sampling_params()->set_json_schema("{}");
-  expect(schema, "sampling_params.json_schema");
+  vllm_engine::GenerateRequest tag = EngineRequest(1, false);
+  tag.mutable_sampling_params()->set_structural_tag("{}");
+  expect(tag, "sampling_params.structural_tag");
   vllm_engine::GenerateRequest all = EngineRequest(1, false);
   all.mutable_sampling_params()->set_logprobs(-1);
   expect(all, "sampling_params.logprobs");
@@ -285,6 +286,32 @@ TEST(VllmRequestTest, BypassingThePrefixCacheSharesWithNobody) {
   EXPECT_EQ(compat::ReadVllmRequest(request, "fresh")->task.cache_salt(), "salt");
   request.mutable_kv()->set_bypass_prefix_cache(true);
   EXPECT_EQ(compat::ReadVllmRequest(request, "fresh")->task.cache_salt(), "fresh");
+}
+
+// The constraint that both protocols make of the same wish.
+v1::OutputConstraint ConstraintOf(const std::function<void(::vllm::DecodingParameters&)>& inference,
+                                  const std::function<void(vllm_engine::SamplingParams&)>& engine) {
+  ::vllm::GenerateRequest first = Request(4);
+  inference(*first.mutable_decoding());
+  vllm_engine::GenerateRequest second = EngineRequest(4, false);
+  engine(*second.mutable_sampling_params());
+  const v1::OutputConstraint constraint = compat::ReadVllmRequest(first, "")->task.constraint();
+  EXPECT_EQ(constraint.SerializeAsString(), compat::ReadEngineRequest(second, 64)->constraint().SerializeAsString());
+  return constraint;
+}
+
+TEST(VllmRequestTest, StructuredOutputBecomesAConstraint) {
+  EXPECT_EQ(ConstraintOf([](auto& d) { d.set_regex("a+"); }, [](auto& p) { p.set_regex("a+"); }).regex(), "a+");
+  EXPECT_EQ(ConstraintOf([](auto& d) { d.set_json("{}"); }, [](auto& p) { p.set_json_schema("{}"); }).json_schema(),
+            "{}");
+  const v1::OutputConstraint choice = ConstraintOf([](auto& d) { d.mutable_choice()->add_choices("yes"); },
+                                                   [](auto& p) { p.mutable_choice()->add_choices("yes"); });
+  EXPECT_EQ(choice.choices().options(0), "yes");
+  EXPECT_TRUE(
+      ConstraintOf([](auto& d) { d.set_json_object(true); }, [](auto& p) { p.set_json_object(true); }).json_object());
+  EXPECT_EQ(
+      ConstraintOf([](auto& d) { d.set_json_object(false); }, [](auto& p) { p.set_json_object(false); }).kind_case(),
+      v1::OutputConstraint::KIND_NOT_SET);
 }
 
 TEST(VllmRequestTest, LowerPriorityRunsFirstInVllm) {

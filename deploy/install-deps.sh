@@ -5,7 +5,7 @@
 # Usage: deploy/install-deps.sh [build] [test] [clients] [image] [browser] [lint] [golden]     (default: build)
 #   build   compilers and libraries for the server and the clients
 #   test    GoogleTest, Google Benchmark, Prometheus and promtool, Python with gRPC and YAML
-#   clients the foreign clients of the integration tests, from PyPI into build/venv
+#   clients the foreign clients of the integration tests, from PyPI, and clients/python, into build/venv
 #   image   buildah and debootstrap, to build the image without a registry
 #   browser Chromium and its driver from PyPI (build/venv-browser), to test the page as a person sees it
 #   lint    clang-format and clang-tidy
@@ -99,4 +99,21 @@ for name in "${venvs[@]}"; do
   /usr/bin/python3 -m venv "$venv"
   "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"
   cp "$requirements" "$venv/installed.txt"
+done
+
+# The Python client, built from a copy so that the tree stays clean; again when one of its files has changed.
+for name in "${venvs[@]}"; do
+  [ "$name" = clients ] || continue
+  sum=$(cd "$top" && find clients/python proto/minitron -type f -not -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum | sha256sum)
+  [ "$sum" = "$(cat "$top/build/venv/minitron_client.sum" 2>/dev/null)" ] && continue
+  echo "install-deps: installing clients/python into build/venv"
+  copy=$(mktemp -d)
+  mkdir "$copy/clients"
+  cp -r "$top/proto" "$copy/"
+  cp -r "$top/clients/python" "$copy/clients/"
+  rm -rf "$copy/clients/python/build"
+  "$top/build/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --force-reinstall \
+    "$copy/clients/python"
+  rm -rf "$copy"
+  echo "$sum" >"$top/build/venv/minitron_client.sum"
 done

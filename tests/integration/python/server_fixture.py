@@ -110,3 +110,14 @@ class ServerTestCase(unittest.TestCase):
         code = cls.server.stop()
         if code != 0:
             raise AssertionError(f"the server ended with {code}")
+
+
+def require_current_client():
+    """Ends the program when build/venv has another minitron_client than the tree."""
+    import minitron_client
+
+    installed = pathlib.Path(minitron_client.__file__).parent
+    for source in (ROOT / "clients" / "python" / "minitron_client").glob("*.py"):
+        copy = installed / source.name
+        if not copy.exists() or copy.read_bytes() != source.read_bytes():
+            raise SystemExit(f"{source.name} differs from the installed one: run deploy/install-deps.sh clients")

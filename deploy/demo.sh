@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Starts the server on free ports, streams one completion through the command-line client, and stops the server.
-# Usage: deploy/demo.sh [--model DIR] [--prompt TEXT]
+# Usage: deploy/demo.sh [--model DIR] [--prompt TEXT] [--bin DIR]
 set -euo pipefail
 
 top=$(cd "$(dirname "$0")/.." && pwd)
@@ -11,6 +11,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --model) model=$2 ;;
     --prompt) prompt=$2 ;;
+    --bin) bin=$2 ;;
     *)
       echo "demo: unknown option $1" >&2
       exit 2

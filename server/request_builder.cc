@@ -1,7 +1,9 @@
 #include "server/request_builder.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
+#include <iterator>
 #include <unordered_set>
 #include <utility>
 
@@ -31,13 +33,21 @@ absl::Status CheckCount(const IntLimit& limit, int64_t count, const char* unit) 
       {{"actual", absl::StrCat(count)}, {"limit", absl::StrCat(count < limit.min ? limit.min : limit.max)}});
 }
 
+// As few digits as tell it from its neighbours: "2.0000002", never "2 outside [0, 2]".
+std::string Shortest(float value) {
+  char text[32];
+  return std::string(text, std::to_chars(std::begin(text), std::end(text), value).ptr);
+}
+
 // Returns the value, with -0.0 made +0.0 so that it cannot tell the engine anything.
 absl::StatusOr<float> CheckFloat(const FloatLimit& limit, float value) {
   const bool above_min = limit.min_exclusive ? value > limit.min : value >= static_cast<float>(limit.min);
   if (std::isfinite(value) && above_min && value <= limit.max) return value == 0.0f ? 0.0f : value;
+  const bool is_low = !above_min && !std::isnan(value);
   return FieldError(
-      limit.field, absl::StrCat(value, " outside ", limit.min_exclusive ? "(" : "[", limit.min, ", ", limit.max, "]"),
-      {{"value", absl::StrCat(value)}, {"limit", absl::StrCat(value < limit.min ? limit.min : limit.max)}});
+      limit.field,
+      absl::StrCat(Shortest(value), " outside ", limit.min_exclusive ? "(" : "[", limit.min, ", ", limit.max, "]"),
+      {{"value", Shortest(value)}, {"limit", absl::StrCat(is_low ? limit.min : limit.max)}});
 }
 
 absl::Status CheckTokenId(const char* field, uint32_t id, int vocab_size) {
@@ -219,8 +229,9 @@ absl::Status ReadFirstTokenTimeout(const v1::GenerationTask& task, const CallCon
   const int64_t ns = is_sane ? timeout.seconds() * 1000000000 + timeout.nanos() : 0;
   if (ns < limit.min || ns > limit.max) {
     const std::string value = absl::StrCat(timeout.seconds(), " s ", timeout.nanos(), " ns");
+    const bool is_low = timeout.seconds() <= 0 && timeout.nanos() <= 0;
     return FieldError(limit.field, absl::StrCat(value, " outside (0 s, ", limit.max / 1000000000, " s]"),
-                      {{"value", value}, {"limit", absl::StrCat(limit.max / 1000000000, " s")}});
+                      {{"value", value}, {"limit", absl::StrCat(is_low ? 0 : limit.max / 1000000000, " s")}});
   }
   built.request.first_token_deadline = context.arrival + std::chrono::nanoseconds(ns);
   built.spec.has_first_token_timeout = true;

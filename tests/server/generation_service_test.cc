@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "server/grpc_status.h"
+#include "server/limits.h"
 #include "tests/server/server_harness.h"
 #include "tests/server/wire.h"
 
@@ -250,6 +251,38 @@ TEST_F(GenerationServiceTest, ClientThatStopsReadingIsCutOff) {
   EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
 }
 
+TEST_F(GenerationServiceTest, TokensThatCameDuringAWriteTravelTogetherAndInOrder) {
+  constexpr int kTokens = 3000;
+  v1::GenerateStreamRequest request;
+  *request.mutable_task() = Task(kTokens);
+  request.mutable_task()->mutable_sampling()->set_num_sequences(2);
+  request.mutable_task()->mutable_output()->set_logprobs(5);
+  grpc::ClientContext context;
+  auto reader = harness_.generation->GenerateStream(&context, request);
+  harness_.engine->WaitForRequests(1);
+  harness_.Step(kTokens);  // nobody reads: beyond the window of 64 KiB writes wait
+  StreamResult result;
+  ReadToEnd(*reader, context, result);
+  ASSERT_TRUE(result.status.ok()) << result.status.error_message();
+  int num_deltas = 0;
+  for (const v1::GenerateStreamResponse& event : result.events) {
+    if (!event.has_delta()) continue;
+    ++num_deltas;
+    EXPECT_LE(event.delta().token_ids_size(), limits::kMaxTokensPerDelta);
+    EXPECT_EQ(event.delta().token_ids_size(), event.delta().logprobs_size());
+  }
+  EXPECT_LT(num_deltas, kTokens) << "of " << 2 * kTokens << " tokens";
+  for (const uint32_t index : {0u, 1u}) {
+    std::vector<uint32_t> expected;
+    for (int i = 0; i < kTokens; ++i) {
+      expected.push_back(static_cast<uint32_t>(harness_.engine->script[i % harness_.engine->script.size()]));
+    }
+    EXPECT_EQ(result.TokenIds(index), expected);
+    EXPECT_EQ(result.Text(index), harness_.tokenizer->Decode({expected.begin(), expected.end()}, {}));
+    ASSERT_NE(result.FinishedOf(index), nullptr);
+  }
+}
+
 TEST_F(GenerationServiceTest, ScoreReportsEveryTargetToken) {
   harness_.RunEngine();
   grpc::ClientContext context;
@@ -309,6 +342,42 @@ TEST_F(GenerationServiceTest, ModelIsDescribedWithDefaults) {
   EXPECT_EQ(response.model().name(), "tiny");
   EXPECT_EQ(response.model().max_context_tokens(), 4096u);
   EXPECT_TRUE(response.model().default_sampling().has_temperature());
+  grpc::ClientContext second;
+  v1::GetModelRequest request;
+  request.set_name("nobody");
+  const grpc::Status status = harness_.model->GetModel(&second, request, &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::NOT_FOUND);
+  EXPECT_EQ(InfoOf(status).reason(), reason::kModelNotFound);
+}
+
+TEST_F(GenerationServiceTest, ModelsAreListedAsTheyAreDescribed) {
+  grpc::ClientContext first;
+  grpc::ClientContext second;
+  v1::GetModelResponse described;
+  v1::ListModelsResponse listed;
+  ASSERT_TRUE(harness_.model->GetModel(&first, {}, &described).ok());
+  ASSERT_TRUE(harness_.model->ListModels(&second, {}, &listed).ok());
+  ASSERT_EQ(listed.models_size(), 1);
+  EXPECT_EQ(listed.models(0).SerializeAsString(), described.model().SerializeAsString());
+}
+
+TEST_F(GenerationServiceTest, TheServerTellsItsVersionAndItsLimits) {
+  grpc::ClientContext context;
+  v1::GetServerInfoResponse info;
+  harness_.context.ready_since = scheduler::TimePoint(std::chrono::milliseconds(harness_.clock_ms));
+  harness_.clock_ms += 1500;
+  ASSERT_TRUE(harness_.admin->GetServerInfo(&context, {}, &info).ok());
+  EXPECT_EQ(info.version(), MINITRON_VERSION);
+  EXPECT_EQ(info.backend(), harness_.context.model.info.backend);
+  EXPECT_EQ(info.model(), "tiny");
+  EXPECT_EQ(info.kv_block_size(), static_cast<uint32_t>(harness_.context.limits.kv_block_size));
+  EXPECT_EQ(info.kv_blocks(), static_cast<uint32_t>(harness_.context.limits.kv_blocks));
+  EXPECT_EQ(info.max_running_sequences(), static_cast<uint32_t>(harness_.context.limits.max_num_sequences));
+  EXPECT_EQ(info.max_step_tokens(), static_cast<uint32_t>(harness_.context.limits.max_step_tokens));
+  EXPECT_EQ(info.max_queued_requests(), static_cast<uint32_t>(harness_.context.limits.max_queued_requests));
+  EXPECT_EQ(info.max_context_tokens(), 4096u);
+  EXPECT_EQ(info.uptime().seconds(), 1);
+  EXPECT_EQ(info.uptime().nanos(), 500'000'000);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "server/request_builder.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -14,8 +15,16 @@
 namespace minitron::server {
 namespace {
 
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::Pair;
+
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
+
+std::string LimitOf(const absl::Status& status) {
+  return std::string(status.GetPayload("minitron/metadata/limit").value_or(absl::Cord("(none)")));
+}
 
 class RequestBuilderTest : public ::testing::Test {
  protected:
@@ -68,6 +77,97 @@ TEST_F(RequestBuilderTest, EveryFloatIsCheckedAtBothEndsAndForNan) {
     with(std::nextafter(min, kInf));
     ExpectAccepted();
   }
+}
+
+TEST_F(RequestBuilderTest, ARefusedFloatIsShownWithTheLimitItPasses) {
+  task_.mutable_sampling()->set_top_p(0.0f);  // the minimum itself is not allowed
+  EXPECT_THAT(std::string(Build().status().message()), HasSubstr("0 outside (0, 1]"));
+  EXPECT_EQ(LimitOf(Build().status()), "0");
+  task_.mutable_sampling()->set_top_p(1.0f);
+  task_.mutable_sampling()->set_temperature(std::nextafter(2.0f, kInf));
+  EXPECT_THAT(std::string(Build().status().message()), HasSubstr("2.0000002 outside [0, 2]"));
+  EXPECT_EQ(LimitOf(Build().status()), "2");
+}
+
+// Each field another value, so that none can take another's place.
+TEST_F(RequestBuilderTest, EveryFieldReachesTheEngine) {
+  task_.set_priority(-7);
+  task_.set_cache_salt("salt");
+  task_.set_request_id("mine");
+  v1::SamplingConfig& sampling = *task_.mutable_sampling();
+  sampling.set_temperature(0.25f);
+  sampling.set_top_k(12);
+  sampling.set_top_p(0.5f);
+  sampling.set_min_p(0.125f);
+  sampling.set_repetition_penalty(1.5f);
+  sampling.set_presence_penalty(-0.75f);
+  sampling.set_frequency_penalty(1.75f);
+  sampling.set_seed(77);
+  sampling.set_num_sequences(3);
+  (*sampling.mutable_logit_bias())[9] = 2.5f;
+  (*sampling.mutable_logit_bias())[4] = -1.0f;
+  v1::StoppingConfig& stopping = *task_.mutable_stopping();
+  stopping.set_max_tokens(21);
+  stopping.set_min_tokens(6);
+  stopping.add_stop_token_ids(15);
+  stopping.add_stop_token_ids(16);
+  stopping.add_stop_sequences("end");
+  stopping.set_include_stop_sequence(true);
+  task_.mutable_output()->set_logprobs(2);
+  task_.mutable_output()->set_prompt_logprobs(8);
+  task_.mutable_output()->set_token_ids(false);
+  task_.mutable_output()->set_skip_special_tokens(false);
+  call_.tenant = "tenant";
+  call_.arrival = scheduler::TimePoint(std::chrono::seconds(5));
+  call_.deadline = scheduler::TimePoint(std::chrono::seconds(50));
+  const auto built = Build();
+  ASSERT_TRUE(built.ok()) << built.status();
+  const scheduler::Request& request = built->request;
+  EXPECT_EQ(request.params.temperature, 0.25f);
+  EXPECT_EQ(request.params.top_k, 12);
+  EXPECT_EQ(request.params.top_p, 0.5f);
+  EXPECT_EQ(request.params.min_p, 0.125f);
+  EXPECT_EQ(request.params.repetition_penalty, 1.5f);
+  EXPECT_EQ(request.params.presence_penalty, -0.75f);
+  EXPECT_EQ(request.params.frequency_penalty, 1.75f);
+  EXPECT_EQ(request.params.seed, 77u);
+  EXPECT_THAT(request.params.logit_bias, ElementsAre(Pair(4, -1.0f), Pair(9, 2.5f)));
+  EXPECT_EQ(request.num_sequences, 3);
+  EXPECT_EQ(request.max_tokens, 21);
+  EXPECT_EQ(request.min_tokens, 6);
+  EXPECT_THAT(request.stop_token_ids, ElementsAre(15, 16));
+  EXPECT_THAT(request.eos_token_ids, ElementsAre(3));
+  EXPECT_EQ(request.num_top_logprobs, 2);
+  EXPECT_EQ(request.num_prompt_top_logprobs, 8);
+  EXPECT_EQ(request.priority, -7);
+  EXPECT_EQ(request.cache_salt, "salt");
+  EXPECT_EQ(request.tenant, "tenant");
+  EXPECT_EQ(request.arrival, call_.arrival);
+  EXPECT_EQ(request.deadline, call_.deadline);
+  EXPECT_THAT(request.prompt_token_ids, ElementsAre(5));
+  EXPECT_EQ(built->spec.request_id, "mine");
+  EXPECT_EQ(built->spec.num_sequences, 3);
+  EXPECT_EQ(built->spec.num_prompt_tokens, 1);
+  EXPECT_EQ(built->spec.min_tokens, 6);
+  EXPECT_THAT(built->spec.stop_sequences, ElementsAre("end"));
+  EXPECT_TRUE(built->spec.include_stop_sequence);
+  EXPECT_FALSE(built->spec.skip_special_tokens);
+  EXPECT_FALSE(built->send_token_ids);
+  stopping.set_ignore_eos(true);
+  EXPECT_THAT(Build()->request.eos_token_ids, ElementsAre());
+}
+
+TEST_F(RequestBuilderTest, OptionsOfATextPromptReachTheTokenizer) {
+  task_.set_text("a</s>");
+  const auto ids = [this] { return Build()->request.prompt_token_ids; };
+  const std::vector<TokenId> plain = ids();
+  task_.mutable_tokenize_options()->set_add_bos(true);
+  std::vector<TokenId> with_bos = {tokenizer_->bos_id()};
+  with_bos.insert(with_bos.end(), plain.begin(), plain.end());
+  EXPECT_EQ(ids(), with_bos);
+  task_.mutable_tokenize_options()->set_parse_special(true);
+  EXPECT_EQ(ids().back(), 3) << "the end token itself";
+  EXPECT_NE(plain.back(), 3);
 }
 
 TEST_F(RequestBuilderTest, NegativeZeroBecomesZero) {

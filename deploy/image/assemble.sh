@@ -25,24 +25,28 @@ for library in "${libraries[@]}"; do
   packages+=("${owner%%: *}")
 done
 mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sed 's/:.*//' | sort -u)
-for package in "${packages[@]}"; do
+
+# What became part of the programs: archives they were linked with, and headers that are a whole library.
+mapfile -t parts < <(ninja -C "$bin/.." -t commands bin/minitron-server bin/minitron | grep -oE '/usr/[^ ]+\.a( |$)' | sort -u)
+mapfile -t static_packages < <(dpkg -S ${parts[@]} /usr/include/nlohmann/json.hpp | sed 's/:.*//' | sort -u)
+for package in "${packages[@]}" "${static_packages[@]}"; do
   cp "/usr/share/doc/$package/copyright" "$share/licences/$package" 2>/dev/null || :
 done
 
-# SPDX 2.3: one entry per package whose files are in the image.
+# SPDX 2.3: one entry per package whose files are in the image, or in its programs.
 revision=$(sha256sum "$root/usr/bin/minitron-server" | cut -d' ' -f1)
 {
   printf '{"spdxVersion":"SPDX-2.3","dataLicense":"CC0-1.0","SPDXID":"SPDXRef-DOCUMENT","name":"minitron-server",\n'
   printf '"documentNamespace":"https://spdx.org/spdxdocs/minitron-server-%s",\n' "$revision"
   printf '"creationInfo":{"created":"%s","creators":["Tool: deploy/image/assemble.sh"]},\n' "$(date -u -d "@${SOURCE_DATE_EPOCH:-$(date +%s)}" +%Y-%m-%dT%H:%M:%SZ)"
   printf '"packages":[\n{"SPDXID":"SPDXRef-minitron-server","name":"minitron-server","downloadLocation":"NOASSERTION","filesAnalyzed":false,"licenseDeclared":"Apache-2.0","checksums":[{"algorithm":"SHA256","checksumValue":"%s"}]}' "$revision"
-  for package in "${packages[@]}"; do
+  for package in "${packages[@]}" "${static_packages[@]}"; do
     dpkg-query -W -f=',\n{"SPDXID":"SPDXRef-${Package}","name":"${Package}","versionInfo":"${Version}","supplier":"Organization: Debian","downloadLocation":"NOASSERTION","filesAnalyzed":false,"externalRefs":[{"referenceCategory":"PACKAGE-MANAGER","referenceType":"purl","referenceLocator":"pkg:deb/debian/${Package}@${Version}?arch=${Architecture}"}]}' "$package"
   done
   printf '],\n"relationships":[{"spdxElementId":"SPDXRef-DOCUMENT","relationshipType":"DESCRIBES","relatedSpdxElement":"SPDXRef-minitron-server"}'
-  for package in "${packages[@]}"; do
-    printf ',\n{"spdxElementId":"SPDXRef-minitron-server","relationshipType":"DYNAMIC_LINK","relatedSpdxElement":"SPDXRef-%s"}' "$package"
-  done
+  relate() { printf ',\n{"spdxElementId":"SPDXRef-minitron-server","relationshipType":"%s","relatedSpdxElement":"SPDXRef-%s"}' "$@"; }
+  for package in "${packages[@]}"; do relate DYNAMIC_LINK "$package"; done
+  for package in "${static_packages[@]}"; do relate STATIC_LINK "$package"; done
   printf ']}\n'
 } >"$share/sbom.spdx.json"
 sed -i 's/SPDXRef-\([^"]*\)+/SPDXRef-\1-plus-/g; s/SPDXRef-\([^"]*\)+/SPDXRef-\1-plus-/g' "$share/sbom.spdx.json"

@@ -33,8 +33,11 @@ sbom = json.loads((root / "usr/share/minitron/sbom.spdx.json").read_text())
 names = {p["name"]: p.get("versionInfo", "") for p in sbom["packages"]}
 ids = [p["SPDXID"] for p in sbom["packages"]]
 assert len(ids) == len(set(ids)) and all(i.replace("SPDXRef-", "").replace("-", "").replace(".", "").isalnum() for i in ids), ids
-for needed in ("libc6", "libssl3", "libgrpc++1.51", "libprotobuf32"):
-    assert any(n.startswith(needed) and v for n, v in names.items()), (needed, sorted(names))
+links = {(r["relationshipType"], r["relatedSpdxElement"]) for r in sbom["relationships"]}
+for kind, needed in (("DYNAMIC", "libc6"), ("DYNAMIC", "libssl3"), ("DYNAMIC", "libgrpc-plus--plus-1.51"),
+                     ("STATIC", "libprotobuf-dev"), ("STATIC", "nlohmann-json3-dev")):
+    assert (kind + "_LINK", "SPDXRef-" + needed) in links, (needed, sorted(links))
+assert [n for n, v in names.items() if not v] == ["minitron-server"], names
 libraries = [p for p in root.rglob("*.so*")]
 assert libraries and len(names) > 10
 related = {r["relatedSpdxElement"] for r in sbom["relationships"]}

@@ -33,6 +33,11 @@ bool Cancellation::cancelled() const {
   return cancelled_;
 }
 
+void Cancellation::Reset() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  cancelled_ = false;
+}
+
 void Cancellation::Attach(grpc::ClientContext* context) {
   const std::lock_guard<std::mutex> lock(mutex_);
   context_ = context;

@@ -33,6 +33,8 @@ class Cancellation {
   // Ends the running call with CANCELLED; a call that starts later ends at once.
   void Cancel();
   bool cancelled() const;
+  // As new, for the next call.
+  void Reset();
 
  private:
   friend class Client;

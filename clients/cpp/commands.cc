@@ -20,11 +20,28 @@ std::vector<OptionSpec> Join(std::vector<OptionSpec> options, const std::vector<
   return options;
 }
 
+// What of `generate` makes sense for one answer after the other.
+std::vector<OptionSpec> ChatOptions() {
+  std::vector<OptionSpec> options;
+  for (const OptionSpec& option : GenerateOptions()) {
+    for (const char* const name : {"model", "max-tokens", "temperature", "top-k", "top-p", "min-p", "seed", "stop",
+                                   "repetition-penalty", "presence-penalty", "frequency-penalty"}) {
+      if (option.name == name) options.push_back(option);
+    }
+  }
+  return options;
+}
+
 std::vector<Command> MakeCommands() {
   std::vector<Command> commands = {
       {{"generate", "[PROMPT]", "Streams a completion to standard output; figures go to standard error.", 1,
         GenerateOptions()},
        RunGenerate},
+      {{"chat", "", "A conversation: reads lines, streams answers; /help lists its commands.", 0,
+        Join({{"template", "NAME", "none (continue the text) or nemotron-mini; default none"},
+              {"system", "TEXT", "what stands in front of the conversation"}},
+             ChatOptions())},
+       RunChat},
       {{"score", "TEXT", "Log-probability of a text, after a context.", 1,
         Join({{"context", "TEXT", "what stands in front"},
               {"context-ids", "IDS", "the same as token ids"},
@@ -48,6 +65,8 @@ std::vector<Command> MakeCommands() {
       {{"info", "", "Version, limits and settings of the server.", 0, {}}, RunInfo},
       {{"cancel", "REQUEST_ID...", "Ends live requests by name.", 1024, {}}, RunCancel},
       {{"drain", "", "Makes the server refuse new requests, finish the running ones and exit.", 0, {}}, RunDrain},
+      {{"completion", "SHELL", "Prints completions for bash, zsh or fish.", 1, {}}, RunCompletion},
+      {{"man", "", "Prints the manual page: minitron man > minitron.1", 0, {}}, RunMan},
   };
   const std::vector<OptionSpec> common = {
       {"server", "HOST:PORT", "the server; default $MINITRON_SERVER or localhost:50051"},

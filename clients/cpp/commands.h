@@ -15,6 +15,13 @@ inline constexpr int kExitUsage = 2;       // wrong command line
 inline constexpr int kExitNotServing = 3;  // only of `health`
 inline constexpr int kExitInterrupted = 130;
 
+// For --help and the man page.
+inline constexpr char kExitCodesText[] =
+    "Exit codes: 0 success; 1 output or input failed; 2 wrong command line; 3 `health`: not serving; 130 interrupted;\n"
+    "10 + gRPC status code for an error of the call: 11 CANCELLED, 13 INVALID_ARGUMENT, 14 DEADLINE_EXCEEDED,\n"
+    "15 NOT_FOUND, 16 ALREADY_EXISTS, 17 PERMISSION_DENIED, 18 RESOURCE_EXHAUSTED, 22 UNIMPLEMENTED, 23 INTERNAL,\n"
+    "24 UNAVAILABLE, 26 UNAUTHENTICATED.\n";
+
 // What a command works with.
 struct Session {
   Client* client;              // owned by main
@@ -48,5 +55,8 @@ int RunLoad(const Session& session);
 int RunInfo(const Session& session);
 int RunCancel(const Session& session);
 int RunDrain(const Session& session);
+int RunChat(const Session& session);
+int RunCompletion(const Session& session);
+int RunMan(const Session& session);
 
 }  // namespace minitron::client

@@ -15,13 +15,6 @@ namespace {
 const char kOverview[] =
     "usage: minitron COMMAND [options]\n\nCommand line client of minitron-server. `minitron COMMAND --help` shows a "
     "command's options.\n\n";
-const char kExitCodes[] =
-    "\nExit codes: 0 success; 1 output or input failed; 2 wrong command line; 3 `health`: not serving; 130 "
-    "interrupted;\n"
-    "10 + gRPC status code for an error of the call: 11 CANCELLED, 13 INVALID_ARGUMENT, 14 DEADLINE_EXCEEDED,\n"
-    "15 NOT_FOUND, 16 ALREADY_EXISTS, 17 PERMISSION_DENIED, 18 RESOURCE_EXHAUSTED, 22 UNIMPLEMENTED, 23 INTERNAL,\n"
-    "24 UNAVAILABLE, 26 UNAUTHENTICATED.\n";
-
 std::string Overview() {
   std::string text = kOverview;
   for (const Command& command : Commands()) {
@@ -29,7 +22,7 @@ std::string Overview() {
     name.resize(14, ' ');
     text += name + command.spec.summary + "\n";
   }
-  return text + kExitCodes;
+  return text + "\n" + kExitCodesText;
 }
 
 // Turns Ctrl-C into a cancellation, and the second one into an exit at once. A thread waits for the signal, because
@@ -100,7 +93,7 @@ int Run(const std::vector<std::string>& args) {
     return FailUsage(session, *error);
   }
   if (session.arguments.Has("help")) {
-    return Print(Help(command->spec) + kExitCodes) ? kExitOk : kExitOutput;
+    return Print(Help(command->spec) + "\n" + kExitCodesText) ? kExitOk : kExitOutput;
   }
   ClientOptions options;
   if (const auto error = MakeClientOptions(session.arguments, &options)) return FailUsage(session, *error);

@@ -180,6 +180,7 @@ void FairQueue::Started(Sequence& sequence, int num_prompt_tokens, TimePoint now
   sequence.set_start_tag(account.counter);
   Charge(account, options_.prompt_token_weight * num_prompt_tokens);
   StopsWaiting(level, account);
+  if (account.num_waiting == 0 && level.num_waiting > 0) light_tenant_until_ = now + options_.light_tenant_memory;
 }
 
 void FairQueue::ChargeOutput(Sequence& sequence, int num_tokens) {

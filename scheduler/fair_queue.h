@@ -35,6 +35,9 @@ struct FairQueueOptions {
   // What a tenant that uses less than its share may be ahead: a few requests of it are served before a flood's.
   double burst_credit = 4096;
   Duration wait_bound = std::chrono::seconds(5);
+  // How long after a start that left a tenant without waiting sequences, while others still had some, that tenant's
+  // next request is expected (ExpectsLightTenant).
+  Duration light_tenant_memory = std::chrono::seconds(1);
 };
 
 class FairQueue {
@@ -63,6 +66,10 @@ class FairQueue {
   // Whether the tenant of a live sequence has received less than every other one of its class that waits, and there is
   // one.
   bool IsBehindOthers(const Sequence& sequence) const;
+
+  // Whether a tenant that asks for less than its share was served lately, so that its next request may come any moment
+  // while others always have some waiting.
+  bool ExpectsLightTenant(TimePoint now) const { return now < light_tenant_until_; }
 
   // Takes the next out of the queue, or null. It must be given to Started or PutBack before time goes on; until then
   // it still counts as waiting.
@@ -108,6 +115,7 @@ class FairQueue {
   std::map<int, std::unique_ptr<Class>, std::greater<>> classes_;  // by priority
   std::vector<Account*> charged_;  // accounts with charges to apply; a step charges many times
   int num_waiting_ = 0;
+  TimePoint light_tenant_until_{};
 };
 
 }  // namespace minitron::scheduler

@@ -17,6 +17,7 @@ using engine::TokenId;
 using Clock = std::chrono::steady_clock;
 using TimePoint = Clock::time_point;
 using Duration = Clock::duration;
+inline double Seconds(Duration duration) { return std::chrono::duration<double>(duration).count(); }
 
 // Unique for the life of the process; made by EngineCore's caller.
 using RequestId = uint64_t;

@@ -123,12 +123,14 @@ class Scheduler {
   void AddToPlan(const std::shared_ptr<Sequence>& sequence, int num_tokens, SchedulerOutput& plan) const;
 
   // The pace: how much of a step prompts get, and who is too late (scheduler_pace.cc).
-  // Whether the inter-token target leaves room for (more) prompt rows.
-  bool HasRoomForPrompts(const SchedulerOutput& plan) const;
+  // How long a step may take that computes this sequence's prompt, in seconds; 0: no target.
+  double StepTarget(const Sequence& sequence) const;
+  // Whether a target (0: none) leaves room for (more) prompt rows.
+  bool HasRoomForPrompts(double target_s, const SchedulerOutput& plan) const;
   // Whether the decoding sequences leave new ones enough of the inter-token target to get on.
   bool HasRoomForNewSequences(const SchedulerOutput& plan) const;
   // At most `num_tokens`, at least 1 if HasRoomForPrompts.
-  int PacedRows(int first_position, int num_tokens, const SchedulerOutput& plan) const;
+  int PacedRows(const Sequence& sequence, int num_tokens, const SchedulerOutput& plan) const;
   // Whether the request is still waiting for its first token at a time when it gives that up.
   bool FirstTokenIsLate(const Sequence& sequence, TimePoint now) const;
   // Whether the first token of a waiting sequence would come too late if it were started in this step.
@@ -164,6 +166,7 @@ class Scheduler {
   uint64_t next_order_ = 0;
   int num_steps_in_flight_ = 0;
   bool wants_drain_ = false;
+  bool expects_light_tenant_ = false;  // in the step that is being planned
 };
 
 }  // namespace minitron::scheduler

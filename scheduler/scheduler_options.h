@@ -39,6 +39,9 @@ struct SchedulerOptions {
   // While decoding alone takes more than this share of the target, prompts are computed one at a time: more sequences
   // would slow each other down.
   double itl_decode_share = 0.5;
+  // While a tenant within its share is expected (FairQueue::ExpectsLightTenant), prompts of the others fill a step up
+  // to this share of the target only: its next prompt has less to wait for, and a step of its own to fill.
+  double itl_shared_step = 0.4;
 
   // Every step with prompts to compute computes that many of their tokens, whatever the target: prompts make progress.
   static constexpr int kMinChunk = 16;

@@ -4,22 +4,21 @@
 #include "scheduler/scheduler.h"
 
 namespace minitron::scheduler {
-namespace {
-
-double Seconds(Duration duration) { return std::chrono::duration<double>(duration).count(); }
-
-}  // namespace
-
 void Scheduler::ObserveStepTime(const SchedulerOutput& plan, Duration duration) {
   step_time_model_.Observe(plan.shape, Seconds(duration));
 }
 
-bool Scheduler::HasRoomForPrompts(const SchedulerOutput& plan) const {
-  if (options_.itl_target == Duration::zero() || plan.num_decodes == 0) return true;
+double Scheduler::StepTarget(const Sequence& sequence) const {
+  const bool leaves_room = expects_light_tenant_ && !waiting_.IsBehindOthers(sequence);
+  return Seconds(options_.itl_target) * (leaves_room ? options_.itl_shared_step : 1.0);
+}
+
+bool Scheduler::HasRoomForPrompts(double target_s, const SchedulerOutput& plan) const {
+  if (target_s == 0 || plan.num_decodes == 0) return true;
   if (plan.num_tokens == plan.num_decodes) return true;  // the first prompt rows of a step are always granted
   if (!step_time_model_.is_trained()) return false;
   constexpr int kRows = SchedulerOptions::kMinChunk;
-  return step_time_model_.MaxRows(plan.shape, 0, kRows, Seconds(options_.itl_target)) == kRows;
+  return step_time_model_.MaxRows(plan.shape, 0, kRows, target_s) == kRows;
 }
 
 bool Scheduler::HasRoomForNewSequences(const SchedulerOutput& plan) const {
@@ -27,12 +26,13 @@ bool Scheduler::HasRoomForNewSequences(const SchedulerOutput& plan) const {
   return plan.decode_seconds <= options_.itl_decode_share * Seconds(options_.itl_target);
 }
 
-int Scheduler::PacedRows(int first_position, int num_tokens, const SchedulerOutput& plan) const {
+int Scheduler::PacedRows(const Sequence& sequence, int num_tokens, const SchedulerOutput& plan) const {
   if (num_tokens <= 0 || options_.itl_target == Duration::zero() || plan.num_decodes == 0) return num_tokens;
-  if (!HasRoomForPrompts(plan)) return 0;
+  const double target_s = StepTarget(sequence);
+  if (!HasRoomForPrompts(target_s, plan)) return 0;
   int num_rows = 0;
   if (step_time_model_.is_trained()) {
-    num_rows = step_time_model_.MaxRows(plan.shape, first_position, num_tokens, Seconds(options_.itl_target));
+    num_rows = step_time_model_.MaxRows(plan.shape, sequence.num_planned_tokens(), num_tokens, target_s);
   }
   return std::min(num_tokens, std::max(num_rows, SchedulerOptions::kMinChunk));
 }

@@ -13,6 +13,7 @@ SchedulerOutput Scheduler::Schedule(TimePoint now, SchedulerOutput recycled) {
   plan.Clear();
   plan.block_size = limits_.block_size;
   wants_drain_ = false;
+  expects_light_tenant_ = waiting_.ExpectsLightTenant(now);
   EndAbortedAndExpired(now);
   PlanDecodes(now, plan);
   // A step that had to preempt, or will have to, has no room to hand out; admitting would take the blocks just won.
@@ -115,14 +116,14 @@ void Scheduler::AdmitWaiting(TimePoint now, const Sequence* before, SchedulerOut
   // Prompts go on one at a time while decoding takes too much of the target.
   int num_allowed = HasRoomForNewSequences(plan) ? max_running_sequences_ : prompts_.empty() ? 1 : 0;
   while (static_cast<int>(running_.size()) < max_running_sequences_ && plan.num_tokens < max_step_tokens_ &&
-         HasRoomForPrompts(plan)) {
+         HasRoomForPrompts(Seconds(options_.itl_target), plan)) {
     if (before != nullptr) {
       const Sequence* const next = waiting_.Peek(now);
       if (next == nullptr || !FairQueue::GoesBefore(*next, *before)) break;
     }
     const std::shared_ptr<Sequence> sequence = waiting_.Pop(now);
     if (sequence == nullptr) break;
-    if (num_allowed <= 0 && !waiting_.IsBehindOthers(*sequence)) {
+    if ((num_allowed <= 0 && !waiting_.IsBehindOthers(*sequence)) || !HasRoomForPrompts(StepTarget(*sequence), plan)) {
       set_aside_.push_back(sequence);
       break;
     }
@@ -199,7 +200,7 @@ Scheduler::Admission Scheduler::TryStart(const std::shared_ptr<Sequence>& held, 
 int Scheduler::ChunkLength(const Sequence& sequence, const SchedulerOutput& plan) const {
   int num_tokens =
       std::min({sequence.num_wanted_tokens(), options_.max_prefill_chunk, max_step_tokens_ - plan.num_tokens});
-  num_tokens = PacedRows(sequence.num_planned_tokens(), num_tokens, plan);
+  num_tokens = PacedRows(sequence, num_tokens, plan);
   if (!sequence.wants_prompt_logprobs()) return num_tokens;
   // Row p reports prompt position p + 1; rows from first_row on report, up to the last but one of the prompt.
   const int first_row = sequence.next_planned_prompt_logprob() - 1;

@@ -36,19 +36,6 @@ std::vector<double> FirstTokenTimes(const std::vector<Job>& jobs, const std::str
   return times;
 }
 
-double MeasureCapacity() {
-  // As many as are needed to keep the server busy, all there at once.
-  Traffic traffic;
-  traffic.rate = 1e6;
-  std::vector<Job> jobs = MakeJobs(traffic, 4000 / traffic.rate);
-  VirtualServerOptions options = ServerOptions();
-  options.core.queue = {.max_sequences = 1 << 20, .max_prompt_tokens = 1 << 30, .max_bytes = int64_t{1} << 40};
-  jobs = VirtualServer(options).Run(std::move(jobs), 40);
-  int count = 0;
-  for (const Job& job : jobs) count += job.completed() && job.end_s >= 10 ? 1 : 0;
-  return count / 30.0;
-}
-
 OverloadPoint MeasureLoad(double load, double capacity) {
   constexpr double kWarmUp = 15, kEnd = 75;
   Traffic traffic;
@@ -71,6 +58,19 @@ OverloadPoint MeasureLoad(double load, double capacity) {
 }
 
 }  // namespace
+
+double MeasureCapacity() {
+  // As many as are needed to keep the server busy, all there at once.
+  Traffic traffic;
+  traffic.rate = 1e6;
+  std::vector<Job> jobs = MakeJobs(traffic, 4000 / traffic.rate);
+  VirtualServerOptions options = ServerOptions();
+  options.core.queue = {.max_sequences = 1 << 20, .max_prompt_tokens = 1 << 30, .max_bytes = int64_t{1} << 40};
+  jobs = VirtualServer(options).Run(std::move(jobs), 40);
+  int count = 0;
+  for (const Job& job : jobs) count += job.completed() && job.end_s >= 10 ? 1 : 0;
+  return count / 30.0;
+}
 
 OverloadResult MeasureOverload(const std::vector<double>& loads) {
   OverloadResult result;
@@ -100,6 +100,7 @@ FairnessResult MeasureFlood() {
   result.alone_p99_s = Quantile(alone_s, 0.99);
   result.flood_p50_s = Quantile(both_s, 0.5);
   result.flood_p99_s = Quantile(both_s, 0.99);
+  result.completed_per_s = Goodput(both, kWarmUp, kEnd);
   int num_sent = 0, num_completed = 0;
   for (const Job& job : both) {
     if (job.tenant != "polite" || job.arrival_s < kWarmUp || job.arrival_s > kEnd - 10) continue;

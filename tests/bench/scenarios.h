@@ -24,6 +24,8 @@ struct OverloadResult {
   double peak = 0;      // requests/s, best goodput over loads from 0.5 to 1.5
   std::vector<OverloadPoint> points;
 };
+// Requests/s of a backlog without timeouts.
+double MeasureCapacity();
 // First-token timeout 2 s; `loads` are multiples of the capacity.
 OverloadResult MeasureOverload(const std::vector<double>& loads);
 
@@ -31,6 +33,7 @@ struct FairnessResult {
   double alone_p50_s = 0, alone_p99_s = 0;  // time to first token of the well-behaved tenant without others
   double flood_p50_s = 0, flood_p99_s = 0;  // while another one sends a hundred times as much
   double served_share = 0;                  // of its requests that were completed in the flood
+  double completed_per_s = 0;               // in the flood, requests of both
 };
 FairnessResult MeasureFlood();
 

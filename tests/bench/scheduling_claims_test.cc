@@ -19,11 +19,12 @@ TEST(SchedulingClaims, GoodputHoldsUnderAnyLoad) {
   }
 }
 
-TEST(SchedulingClaims, AFloodDoesNotShutOutAWellBehavedTenant) {
+TEST(SchedulingClaims, AFloodDoesNotDelayAWellBehavedTenant) {
   const FairnessResult result = MeasureFlood();
   EXPECT_EQ(result.served_share, 1.0);
-  // The goal is 1.3; tests/bench/README.md says what the rest is.
-  EXPECT_LE(result.flood_p99_s, 2.2 * result.alone_p99_s);
+  EXPECT_LE(result.flood_p99_s, 1.3 * result.alone_p99_s);
+  // What is kept free for it costs the flood little.
+  EXPECT_GE(result.completed_per_s, 0.95 * MeasureCapacity());
 }
 
 TEST(SchedulingClaims, TwoGreedyTenantsGetTheSameAtTenToOne) { EXPECT_GE(MeasureJain(), 0.95); }

@@ -122,6 +122,21 @@ TEST_F(FairQueueTest, LeavingForAMomentDoesNotClearTheAccount) {
   EXPECT_EQ(StartNext(), 4u);
 }
 
+TEST_F(FairQueueTest, ATenantWhoseLastWaitingSequenceStartsWhileOthersWaitIsExpectedForAWhile) {
+  for (int i = 0; i < 4; ++i) Add("flood");
+  StartNext();
+  EXPECT_FALSE(queue_.ExpectsLightTenant(now_));
+  Add("light");
+  while (started_.back()->request().tenant != "light") StartNext();
+  EXPECT_TRUE(queue_.ExpectsLightTenant(now_ + milliseconds(999)));
+  EXPECT_FALSE(queue_.ExpectsLightTenant(now_ + seconds(1)));
+  // A queue that runs empty as a whole leaves nobody to keep room from.
+  now_ += seconds(1);
+  while (StartNext() != 0 && queue_.size() > 0) {
+  }
+  EXPECT_FALSE(queue_.ExpectsLightTenant(now_));
+}
+
 TEST_F(FairQueueTest, PreemptedSequencesComeFirstInsideTheirTenant) {
   const SequencePtr first = Add("a");
   Add("a");

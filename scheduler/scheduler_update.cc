@@ -58,6 +58,11 @@ void Scheduler::DropResult(const std::shared_ptr<Sequence>& sequence) {
 void Scheduler::ApplyResult(const ScheduledSequence& scheduled, std::span<const engine::ResultRowOutput> rows,
                             TimePoint now, StepOutput& output) {
   const std::shared_ptr<Sequence>& sequence = scheduled.sequence;
+  const bool failed = std::any_of(rows.begin(), rows.end(), [this](const engine::ResultRowOutput& row) {
+    return row.failed || row.token_id < 0 || row.token_id >= limits_.vocab_size;
+  });
+  // Whatever broke its rows may be in its blocks, also when nobody waits for them any more.
+  if (failed) kv_cache_.Distrust(*sequence);
   if (sequence->state() == SequenceState::kFinished) return DropResult(sequence);
   sequence->EndStep(scheduled.num_tokens, scheduled.num_prompt_logprobs);
   // Nothing is sent after an abort was heard of or the deadline has passed.
@@ -65,14 +70,7 @@ void Scheduler::ApplyResult(const ScheduledSequence& scheduled, std::span<const 
   if (sequence->request().deadline <= now || FirstTokenIsLate(*sequence, now)) {
     return Finish(sequence, FinishReason::kDeadline);
   }
-  const bool failed = std::any_of(rows.begin(), rows.end(), [this](const engine::ResultRowOutput& row) {
-    return row.failed || row.token_id < 0 || row.token_id >= limits_.vocab_size;
-  });
-  if (failed) {
-    // Whatever broke its rows may be in its blocks.
-    kv_cache_.Distrust(*sequence);
-    return Finish(sequence, FinishReason::kError);
-  }
+  if (failed) return Finish(sequence, FinishReason::kError);
   kv_cache_.NoteComputed(*sequence);
   if (scheduled.num_prompt_logprobs > 0) {
     const auto prompt_rows = rows.first(scheduled.num_prompt_logprobs);

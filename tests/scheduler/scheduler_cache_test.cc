@@ -77,6 +77,18 @@ TEST_F(SchedulerCacheTest, AWarmPromptComputesOnlyItsLastPartialBlock) {
   EXPECT_EQ(output.stats.num_blocks_cached, 2);
 }
 
+TEST_F(SchedulerCacheTest, BlocksOfABrokenRowAreNotSharedAlsoWhenItsRequestEndedMeanwhile) {
+  Make({});
+  scheduler_->Add(MakeRequest(1, 20, 2), now_);
+  plan_ = scheduler_->Schedule(now_);
+  engine::StepResult broken = Results(plan_);
+  broken.rows.back().failed = true;
+  scheduler_->Abort(1);
+  EXPECT_EQ(scheduler_->Update(plan_, broken, now_).finished.at(0).reason, FinishReason::kCancelled);
+  scheduler_->Add(MakeRequest(2, 20, 1), now_);
+  EXPECT_EQ(Step().prompts_done.at(0).num_cached_tokens, 0);
+}
+
 TEST_F(SchedulerCacheTest, APromptOfWholeBlocksRunsItsLastBlockAgain) {
   Make({});
   scheduler_->Add(MakeRequest(1, 16, 1), now_);

@@ -14,10 +14,14 @@ BatchChecker::BatchChecker(const testing::FakeModelRunnerOptions& runner, const 
 
 absl::Status BatchChecker::Submit(const engine::Batch& batch) {
   CheckBudgets(batch);
-  for (int s = 0; s < batch.num_sequences(); ++s) CheckSequence(batch, s);
-  blocks_in_flight_.push_back(batch.block_ids);
-  tokens_in_flight_.push_back(batch.num_tokens());
-  if (blocks_in_flight_.size() == 2) marks_->Hit("two steps in flight");
+  InFlight in_flight;
+  in_flight.num_tokens = batch.num_tokens();
+  for (int s = 0; s < batch.num_sequences(); ++s) {
+    in_flight.parts.push_back(PartOf(batch, s, CheckSequence(batch, s)));
+  }
+  for (const engine::ResultRow& row : batch.results) in_flight.row_parts.push_back(row.sequence);
+  in_flight_.push_back(std::move(in_flight));
+  if (in_flight_.size() == 2) marks_->Hit("two steps in flight");
   CheckBlocksInFlight();
   return fake_.Submit(batch);
 }
@@ -25,17 +29,47 @@ absl::Status BatchChecker::Submit(const engine::Batch& batch) {
 absl::StatusOr<engine::StepResult> BatchChecker::Collect() {
   CheckBlocksInFlight();
   absl::StatusOr<engine::StepResult> result = fake_.Collect();
-  blocks_in_flight_.pop_front();
-  on_collect_(tokens_in_flight_.front());
-  tokens_in_flight_.pop_front();
+  const InFlight done = std::move(in_flight_.front());
+  in_flight_.pop_front();
+  if (result.ok()) NoteFailures(done, *result);
+  on_collect_(done.num_tokens);
   return result;
 }
 
+BatchChecker::InFlight::Part BatchChecker::PartOf(const engine::Batch& batch, int s, const Sequence* sequence) const {
+  InFlight::Part part;
+  if (sequence != nullptr) part.key = {sequence->id(), sequence->index()};
+  part.table.assign(&batch.block_ids[batch.block_start[s]],
+                    &batch.block_ids[batch.block_start[s]] + (batch.block_start[s + 1] - batch.block_start[s]));
+  for (int t = batch.query_start[s]; t < batch.query_start[s + 1]; ++t) {
+    part.written.push_back(static_cast<BlockId>(batch.slot_mapping[t] / block_size()));
+  }
+  return part;
+}
+
+void BatchChecker::NoteFailures(const InFlight& done, const engine::StepResult& result) {
+  if (fake_.num_accidents() == 0) return;
+  for (size_t row = 0; row < result.rows.size(); ++row) {
+    if (!result.rows[row].failed) continue;
+    const InFlight::Part& broken = done.parts[done.row_parts[row]];
+    may_have_failed_.insert(broken.key);
+    for (const InFlight& under_way : in_flight_) {
+      for (const InFlight::Part& part : under_way.parts) {
+        const bool shares = std::find_first_of(part.table.begin(), part.table.end(), broken.written.begin(),
+                                               broken.written.end()) != part.table.end();
+        if (shares && may_have_failed_.insert(part.key).second) marks_->Hit("shared a broken block under way");
+      }
+    }
+  }
+}
+
 void BatchChecker::CheckBlocksInFlight() const {
-  for (const std::vector<BlockId>& blocks : blocks_in_flight_) {
-    for (const BlockId block : blocks) {
-      violations_->Expect(core_->scheduler().kv_cache().allocator().ref_count(block) > 0,
-                          "a block of a batch in flight has an owner:", block);
+  for (const InFlight& in_flight : in_flight_) {
+    for (const InFlight::Part& part : in_flight.parts) {
+      for (const BlockId block : part.table) {
+        violations_->Expect(core_->scheduler().kv_cache().allocator().ref_count(block) > 0,
+                            "a block of a batch in flight has an owner:", block);
+      }
     }
   }
 }
@@ -82,13 +116,26 @@ const Sequence* BatchChecker::FindWriter(BlockId block) const {
   return found;
 }
 
-void BatchChecker::CheckSequence(const engine::Batch& batch, int s) {
+void BatchChecker::CheckMayRun(const engine::Batch& batch, int s, const Sequence& sequence) const {
+  const Request& request = sequence.request();
+  const bool late =
+      request.deadline <= now_() || (request.first_token_deadline <= now_() && sequence.num_output_tokens() == 0 &&
+                                     sequence.num_computed_tokens() < sequence.num_prompt_tokens());
+  violations_->Expect(!sequence.abort_requested() && (!late || request.num_sequences > 1),
+                      "nobody runs who was cancelled or is too late:", sequence.id());
+  violations_->Expect(
+      !request.waits_for_each_token || !engine::IsFromPreviousResult(batch.token_ids[batch.query_start[s]]),
+      "nobody who wants to see each token is run ahead of it:", sequence.id());
+}
+
+const Sequence* BatchChecker::CheckSequence(const engine::Batch& batch, int s) {
   const int first = batch.positions[batch.query_start[s]];
   const int first_block = first / block_size();
   const BlockId* table = &batch.block_ids[batch.block_start[s]];
   const int num_blocks = batch.block_start[s + 1] - batch.block_start[s];
   const Sequence* sequence = FindWriter(table[first_block]);
-  if (sequence == nullptr) return;
+  if (sequence == nullptr) return nullptr;
+  CheckMayRun(batch, s, *sequence);
   const std::string salt = SaltOf(sequence->request());
   for (int i = 0; i < first_block; ++i) {
     violations_->Expect(writers_[table[i]].salt == salt, "no prefix is shared across salts:", sequence->id());
@@ -107,6 +154,7 @@ void BatchChecker::CheckSequence(const engine::Batch& batch, int s) {
       writer.first_tokens.assign(sequence->tokens().begin(), sequence->tokens().begin() + block_size());
     }
   }
+  return sequence;
 }
 
 void BatchChecker::NoteStart(const Sequence& sequence, int num_shared_blocks) {

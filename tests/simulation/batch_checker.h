@@ -22,14 +22,20 @@ class BatchChecker : public engine::ModelRunner {
   BatchChecker(const testing::FakeModelRunnerOptions& runner, const scheduler::SchedulerOptions& options, Marks* marks,
                Violations* violations);
 
-  // The engine core that submits; it is built after its runner. Call before the first Submit.
-  void set_core(const scheduler::EngineCore* core) { core_ = core; }
+  // The engine core that submits, and its clock; it is built after its runner. Call before the first Submit.
+  void set_core(const scheduler::EngineCore* core, std::function<scheduler::TimePoint()> now) {
+    core_ = core;
+    now_ = std::move(now);
+  }
   testing::FakeModelRunner& fake() { return fake_; }
   // Called when a batch of so many token rows is done.
   void set_on_collect(std::function<void(int)> on_collect) { on_collect_ = std::move(on_collect); }
 
   // Contents (PrefixChain::content) that a sequence shared instead of computing them.
   const std::set<uint64_t>& hit_contents() const { return hit_contents_; }
+  // Whether a row of this sequence failed by accident, or it shared, in a batch that was under way by then, a block
+  // that had been broken so. Nobody may find such a block later.
+  bool MayHaveFailed(scheduler::RequestId id, int index) const { return may_have_failed_.count({id, index}) > 0; }
   // Whether every block of the batches in flight has an owner: what is given away must not be touched any more.
   void CheckBlocksInFlight() const;
 
@@ -52,11 +58,27 @@ class BatchChecker : public engine::ModelRunner {
     bool has_output = false;
   };
 
+  // What a batch touches.
+  struct InFlight {
+    struct Part {
+      SequenceKey key;
+      std::vector<engine::BlockId> table, written;
+    };
+    std::vector<Part> parts;     // by sequence of the batch
+    std::vector<int> row_parts;  // by result row
+    int num_tokens = 0;
+  };
+
   // The salt a request's prefixes may be shared under, from first principles.
   std::string SaltOf(const scheduler::Request& request) const;
   void CheckBudgets(const engine::Batch& batch) const;
   const scheduler::Sequence* FindWriter(engine::BlockId block) const;
-  void CheckSequence(const engine::Batch& batch, int s);
+  // Null when nobody can be found whose rows these are.
+  const scheduler::Sequence* CheckSequence(const engine::Batch& batch, int s);
+  // Whether its rows may be run now at all.
+  void CheckMayRun(const engine::Batch& batch, int s, const scheduler::Sequence& sequence) const;
+  InFlight::Part PartOf(const engine::Batch& batch, int s, const scheduler::Sequence* sequence) const;
+  void NoteFailures(const InFlight& done, const engine::StepResult& result);
   void NoteStart(const scheduler::Sequence& sequence, int num_shared_blocks);
 
   const scheduler::SchedulerOptions options_;
@@ -67,8 +89,9 @@ class BatchChecker : public engine::ModelRunner {
   std::vector<Writer> writers_;            // by block
   std::map<SequenceKey, int> num_starts_;  // of a sequence: 1 + preemptions
   std::set<uint64_t> hit_contents_;
-  std::deque<std::vector<engine::BlockId>> blocks_in_flight_;  // by batch
-  std::deque<int> tokens_in_flight_;                           // likewise
+  std::deque<InFlight> in_flight_;  // by batch
+  std::set<SequenceKey> may_have_failed_;
+  std::function<scheduler::TimePoint()> now_;
   std::function<void(int)> on_collect_ = [](int) {};
 };
 

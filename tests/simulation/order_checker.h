@@ -37,6 +37,7 @@ class OrderChecker {
   struct Entry {
     Account account;
     int64_t num_prompt_tokens = 0;
+    scheduler::QueuedWork work;
     bool is_single = false;  // the only sequence of its request: waits for no sibling
     bool started = false;
     bool ended = false;
@@ -50,12 +51,20 @@ class OrderChecker {
     int num_preemptions = 0;
   };
 
-  // Sequences (or prompt tokens) that never ran, of one tenant or of all.
-  int64_t NumQueued(const std::string* tenant, bool tokens) const;
+  // How far the service of two tenants of a class has drifted apart while both kept waiting.
+  struct Drift {
+    double now = 0, least = 0, most = 0;
+    int num_steps = 0;
+  };
+
+  // What never ran, of one tenant or of all.
+  int64_t Queued(const std::string* tenant, int64_t scheduler::QueuedWork::*amount) const;
   void NoteStarted(Entry& entry, int num_cached_tokens);
   void CheckTurns(const scheduler::Scheduler& scheduler, scheduler::TimePoint start, scheduler::TimePoint end);
   void CheckTurn(const Key& started, const Key& waiting, scheduler::TimePoint end);
   void CheckCharges(const scheduler::Scheduler& scheduler);
+  // Two tenants of a class that both keep waiting get the same, up to a bound.
+  void CheckServiceGap(const scheduler::Scheduler& scheduler);
 
   const scheduler::FairQueueOptions fairness_;
   const scheduler::QueueLimits limits_;
@@ -66,6 +75,8 @@ class OrderChecker {
   std::map<int, scheduler::TimePoint> last_start_;  // by priority
   std::map<Account, Before> before_;
   std::map<Account, double> rendered_;  // in this step
+  std::map<std::pair<Account, Account>, Drift> drifts_;
+  double longest_prompt_ = 0, longest_output_ = 0;  // tokens, of all accepted so far
 };
 
 }  // namespace minitron::simulation

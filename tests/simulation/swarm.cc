@@ -27,6 +27,7 @@ struct Settings {
   double deadline_rate = 0;
   double first_token_rate = 0;
   double repeat_rate = 0;      // chance that a prompt begins as another one
+  double meanwhile_rate = 0;   // chance of aborts while a step runs, and of a sink that holds it up
   double clock_jump_rate = 0;  // chance of a minute between two steps
   int drain_at_step = -1;
   int kill_at_step = -1;
@@ -35,7 +36,9 @@ struct Settings {
 class Swarm {
  public:
   Swarm(uint64_t seed, Marks* marks)
-      : random_(seed), marks_(marks), settings_(DrawSettings()), world_(settings_.world, marks, &violations_) {}
+      : random_(seed), marks_(marks), settings_(DrawSettings()), world_(settings_.world, marks, &violations_) {
+    world_.set_meanwhile([this](bool runner_works) { Meanwhile(runner_works); });
+  }
 
   SwarmResult Run();
 
@@ -48,6 +51,7 @@ class Swarm {
   std::vector<TokenId> DrawPrompt();
   void SubmitOne();
   void AbortSome();
+  void Meanwhile(bool runner_works);
 
   std::mt19937_64 random_;
   Marks* const marks_;  // owned by the test
@@ -74,7 +78,12 @@ Settings Swarm::DrawSettings() {
   runner.nan_one_in = Chance(0.2) ? 100 : 0;
   runner.wild_token_one_in = Chance(0.2) ? 100 : 0;
   runner.compute_late = Chance(0.5);
+  if (Chance(0.2)) {
+    runner.accident_one_in = Draw(10, 60);
+    runner.nan_one_in = runner.wild_token_one_in = 0;
+  }
   runner.fail_at_step = Chance(0.05) ? Draw(0, 60) : -1;
+  runner.fail_at_submit = Chance(0.03) ? Draw(0, 60) : -1;
   core.scheduler.max_running_sequences = Chance(0.3) ? Draw(1, 8) : 0;
   core.scheduler.max_step_tokens = Chance(0.3) ? Draw(1, 64) : 0;
   core.scheduler.max_prefill_chunk = Draw(1, 48);
@@ -87,6 +96,8 @@ Settings Swarm::DrawSettings() {
   core.overlap = static_cast<scheduler::Overlap>(Draw(0, 2));
   core.queue.max_sequences = Draw(4, 40);
   if (Chance(0.2)) core.queue.max_prompt_tokens = Draw(20, 200);
+  if (Chance(0.1)) core.queue.max_bytes = Draw(2000, 20000);
+  if (Chance(0.1)) s.world.slow_step_one_in = Draw(10, 60);
   if (Chance(0.5)) s.world.step_time = std::chrono::microseconds(Draw(1, 2000));
   if (Chance(0.5)) s.world.token_time = std::chrono::microseconds(Draw(1, 100));
   if (Chance(0.3)) core.scheduler.itl_target = std::chrono::microseconds(Draw(500, 8000));
@@ -99,6 +110,7 @@ Settings Swarm::DrawSettings() {
   s.abort_rate = Chance(0.5) ? 0.1 : 0.0;
   s.deadline_rate = Chance(0.5) ? 0.3 : 0.0;
   s.repeat_rate = Chance(0.7) ? 0.8 : 0.0;
+  s.meanwhile_rate = Chance(0.3) ? 0.1 : 0.0;
   s.clock_jump_rate = Chance(0.1) ? 0.02 : 0.0;
   s.drain_at_step = Chance(0.1) ? Draw(0, 100) : -1;
   s.kill_at_step = Chance(0.05) ? Draw(0, 100) : -1;
@@ -167,6 +179,13 @@ void Swarm::AbortSome() {
   world_.Abort(next_id_ + 1000);  // unknown
 }
 
+void Swarm::Meanwhile(bool runner_works) {
+  if (!Chance(settings_.meanwhile_rate)) return;
+  if (!runner_works && Chance(0.3)) world_.Advance(milliseconds(Draw(0, 20)));
+  const RequestId id = Draw(1, static_cast<int>(next_id_) - 1);
+  if (world_.requests().count(id) > 0) world_.AbortMeanwhile(id);
+}
+
 SwarmResult Swarm::Run() {
   SwarmResult result;
   int num_submitted = 0;
@@ -183,8 +202,7 @@ SwarmResult Swarm::Run() {
     }
     world_.Step();
     world_.Advance(Chance(settings_.clock_jump_rate) ? std::chrono::minutes(1) : milliseconds(Draw(0, 2)));
-    // Work is finite: every step computes at least one token, and preemption only repeats what is bounded.
-    violations_.Expect(++result.num_steps < 200000, "the work ends");
+    ++result.num_steps;
     if (!violations_.empty() || world_.failed()) break;
   }
   if (violations_.empty() && world_.idle() && !world_.failed()) world_.CheckNothingIsLeft();

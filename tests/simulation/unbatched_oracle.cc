@@ -46,6 +46,8 @@ OracleOutput RunUnbatched(const scheduler::Request& request, int index, testing:
   options.max_num_tokens = options.max_context_tokens;
   options.compute_late = false;
   options.fail_at_step = -1;
+  options.fail_at_submit = -1;
+  options.accident_one_in = 0;
   testing::FakeModelRunner runner(options);
   engine::SamplingParams params = request.params;
   params.seed = scheduler::SequenceSeed(params.seed, index);

@@ -6,13 +6,11 @@
 
 namespace minitron::simulation {
 
-using engine::ResultRowOutput;
-using scheduler::FinishReason;
+using scheduler::Duration;
 using scheduler::Request;
 using scheduler::RequestId;
 using scheduler::Sequence;
 using scheduler::SequenceState;
-using scheduler::StepOutput;
 using scheduler::TimePoint;
 
 World::World(const WorldOptions& options, Marks* marks, Violations* violations)
@@ -22,8 +20,17 @@ World::World(const WorldOptions& options, Marks* marks, Violations* violations)
       runner_(options.runner, options.core.scheduler, marks, violations),
       core_(options.core, &runner_, this, [this] { return now_; }),
       order_(options.core.scheduler.fairness, options.core.queue, marks, violations) {
-  runner_.set_core(&core_);
-  runner_.set_on_collect([this](int num_tokens) { now_ += options_.step_time + num_tokens * options_.token_time; });
+  runner_.set_core(&core_, [this] { return now_; });
+  runner_.set_on_collect([this](int num_tokens) {
+    Duration time = options_.step_time + num_tokens * options_.token_time;
+    if (options_.slow_step_one_in > 0 && core_.num_steps() % options_.slow_step_one_in == 1) {
+      time *= 1000;
+      longest_advance_ = std::max(longest_advance_, time);
+      marks_->Hit("a step took very long");
+    }
+    now_ += time;
+    meanwhile_(true);
+  });
 }
 
 bool World::Submit(const Request& request) {
@@ -34,6 +41,9 @@ bool World::Submit(const Request& request) {
   }
   violations_->Expect(!draining_ && !failed_, "nothing is accepted by an engine that drains or has failed");
   order_.OnAccepted(request);
+  // A step for each token, after each preemption again, each wait for others' blocks, and the end.
+  const auto num_tokens = static_cast<int64_t>(request.prompt_token_ids.size()) + request.max_tokens;
+  work_accepted_ += request.num_sequences * (num_tokens + 1) * (2 + options_.core.scheduler.max_preemptions);
   LiveRequest& live = requests_[request.id];
   live.request = request;
   for (int i = 0; i < request.num_sequences; ++i) {
@@ -86,6 +96,11 @@ void World::AbortSequence(RequestId id, int index) {
   if (live->second.request.num_sequences > 1) marks_->Hit("cancelled one of several");
 }
 
+void World::AbortMeanwhile(RequestId id) {
+  core_.Abort(id);
+  aborted_meanwhile_.push_back(id);
+}
+
 void World::NoteAbort(LiveSequence& live, int index, RequestId id) {
   if (live.finished) return;
   live.abort_sent = true;
@@ -124,15 +139,40 @@ bool World::Step() {
                         "a decoding sequence gets a token each step:", sequence->id());
   }
   order_.AfterStep(core_.scheduler(), step_start_, now_);
+  CheckProgress(worked);
   CheckEnded();
   CheckRetiring();
   CheckPreemptions();
   NoteEvictions(cached);
   NoteWaits();
+  NoteLackOfBlocks();
   runner_.CheckBlocksInFlight();
   // Whoever still reads a block that is free reads poison.
   for (const int block : core_.scheduler().kv_cache().allocator().free_blocks()) runner_.fake().Poison(block);
+  for (const RequestId id : std::exchange(aborted_meanwhile_, {})) {
+    LiveRequest& live = requests_.at(id);
+    for (size_t i = 0; i < live.sequences.size(); ++i) {
+      if (!live.sequences[i].finished) marks_->Hit("cancelled while a step ran");
+      NoteAbort(live.sequences[i], static_cast<int>(i), id);
+    }
+  }
   return worked;
+}
+
+void World::CheckProgress(bool worked) {
+  violations_->Expect(worked || core_.idle(), "while a sequence lives there is work");
+  num_working_steps_ += worked ? 1 : 0;
+  // So nobody waits longer than all the work takes that was ever accepted, and it all ends.
+  violations_->Expect(num_working_steps_ <= work_accepted_, "each step does some of the work:", num_working_steps_);
+}
+
+void World::NoteLackOfBlocks() {
+  const scheduler::Scheduler& scheduler = core_.scheduler();
+  if (static_cast<int>(scheduler.running().size()) >= scheduler.max_running_sequences()) return;
+  scheduler.fair_queue().ForEach([&](const std::shared_ptr<Sequence>& sequence) {
+    const scheduler::KvCacheManager& kv = scheduler.kv_cache();
+    if (kv.NumBlocksFor(sequence->num_tokens()) > kv.num_unreserved_blocks()) marks_->Hit("waited for blocks");
+  });
 }
 
 std::vector<World::CachedBlock> World::CachedBlocks() const {
@@ -224,133 +264,8 @@ void World::CheckNothingIsLeft() {
   violations_->Expect(core_.scheduler().kv_cache().num_used_blocks() == 0, "all blocks come back");
   violations_->Expect(core_.queue_depth() == 0, "the queue is empty");
   violations_->Expect(core_.scheduler().num_live_sequences() == 0, "nothing lives");
-}
-
-void World::ExpectSame(const ResultRowOutput& actual, const ResultRowOutput& expected) {
-  const bool same = actual.token_id == expected.token_id && actual.failed == expected.failed &&
-                    actual.chosen == expected.chosen && actual.top == expected.top;
-  violations_->Expect(same, "tokens and logprobs equal the unbatched run:", actual.token_id, expected.token_id);
-  Hash(actual.token_id);
-}
-
-void World::OnStep(StepOutput output) {
-  violations_->Expect(!failed_, "nothing comes after the engine's failure");
-  if (!output.engine_error.empty()) {
-    violations_->Expect(options_.runner.fail_at_step >= 0, "the engine runs on:", output.engine_error);
-    failed_ = true;
-    marks_->Hit("engine failed");
-  }
-  violations_->Expect(output.stats.num_prefix_hit_tokens <= output.stats.num_prefix_query_tokens,
-                      "no more tokens are found than looked up");
-  for (const auto& event : output.prompt_logprobs) OnPromptLogprobs(event);
-  for (const auto& event : output.prompts_done) {
-    LiveRequest& live = requests_.at(event.id);
-    violations_->Expect(!live.prompt_done, "PromptDone comes once:", event.id);
-    violations_->Expect(event.num_prompt_tokens == static_cast<int>(live.request.prompt_token_ids.size()),
-                        "PromptDone counts the prompt:", event.id);
-    live.prompt_done = true;
-  }
-  for (const auto& event : output.tokens) {
-    order_.OnToken(event);
-    OnToken(event);
-  }
-  for (const auto& event : output.finished) {
-    order_.OnFinish(event);
-    OnFinish(event);
-  }
-}
-
-void World::OnPromptLogprobs(const scheduler::PromptLogprobsEvent& event) {
-  LiveRequest& live = requests_.at(event.id);
-  violations_->Expect(!live.prompt_done && !live.sequences[0].finished,
-                      "prompt logprobs come before PromptDone:", event.id);
-  violations_->Expect(event.first_position ==
-                          std::max(1, live.request.prompt_logprobs_start) + static_cast<int>(live.num_prompt_logprobs),
-                      "prompt logprobs have no gaps:", event.id, event.first_position);
-  if (++live.num_prompt_logprob_chunks == 2) marks_->Hit("prompt logprobs in several chunks");
-  const std::vector<ResultRowOutput>& expected = live.sequences[0].expected.prompt_logprobs;
-  for (const ResultRowOutput& row : event.positions) {
-    if (live.num_prompt_logprobs >= expected.size()) {
-      return violations_->Expect(false, "no more prompt logprobs than asked for:", event.id);
-    }
-    ExpectSame(row, expected[live.num_prompt_logprobs++]);
-  }
-}
-
-void World::OnToken(const scheduler::TokenEvent& event) {
-  LiveRequest& live = requests_.at(event.id);
-  LiveSequence& sequence = live.sequences.at(event.index);
-  violations_->Expect(live.prompt_done, "no token before PromptDone:", event.id);
-  violations_->Expect(!sequence.finished, "no token after the end:", event.id, event.index);
-  violations_->Expect(!sequence.abort_sent, "no token after the abort:", event.id, event.index);
-  violations_->Expect(live.request.deadline > now_, "no token after the deadline:", event.id, event.index);
-  violations_->Expect(sequence.num_tokens > 0 || event.index > 0 || live.request.first_token_deadline > now_,
-                      "no first token after its timeout:", event.id);
-  const bool in_order = event.output_position == static_cast<int>(sequence.num_tokens) &&
-                        sequence.num_tokens < sequence.expected.tokens.size();
-  violations_->Expect(in_order, "tokens come in order, once, and not too many:", event.id, event.output_position);
-  if (in_order) ExpectSame(event.output, sequence.expected.tokens[sequence.num_tokens++]);
-}
-
-void World::OnFinish(const scheduler::FinishEvent& event) {
-  LiveRequest& live = requests_.at(event.id);
-  LiveSequence& sequence = live.sequences.at(event.index);
-  violations_->Expect(!sequence.finished, "a sequence ends once:", event.id, event.index);
-  sequence.finished = true;
-  Hash(event.id * 64 + event.index * 8 + static_cast<int>(event.reason));
-  violations_->Expect(event.num_output_tokens == static_cast<int>(sequence.num_tokens) &&
-                          event.num_prompt_tokens == static_cast<int>(live.request.prompt_token_ids.size()),
-                      "usage counts what was sent:", event.id, event.num_output_tokens, sequence.num_tokens);
-  violations_->Expect(
-      event.num_cached_tokens % options_.runner.block_size == 0 && event.num_cached_tokens < event.num_prompt_tokens,
-      "cached are whole blocks, and never all of the prompt:", event.id, event.num_cached_tokens);
-  if (event.index > 0 && event.num_cached_tokens > 0) marks_->Hit("follower shared prefix");
-  const bool never_ran = event.first_scheduled == TimePoint{};
-  switch (event.reason) {
-    case FinishReason::kCancelled:
-      return violations_->Expect(sequence.abort_sent, "only the cancelled end as cancelled:", event.id);
-    case FinishReason::kDeadline:
-      return CheckDeadline(live, sequence, never_ran);
-    default:
-      CheckOutcome(live, sequence, event);
-  }
-}
-
-void World::CheckDeadline(const LiveRequest& live, const LiveSequence& sequence, bool never_ran) {
-  const Request& request = live.request;
-  if (request.deadline <= now_) {
-    if (never_ran) marks_->Hit("deadline in queue");
-    if (sequence.num_tokens > 0) marks_->Hit("deadline after tokens");
-    return;
-  }
-  violations_->Expect(!live.prompt_done, "only the expired end by deadline:", request.id);
-  if (request.first_token_deadline <= now_) return marks_->Hit("first token too late");
-  // Given up before it started: even with a step for each of its tokens it must have been close.
-  // (what passes between two calls counts as well when steps overlap).
-  const auto longest_step =
-      options_.step_time + core_.scheduler().max_step_tokens() * options_.token_time + longest_advance_;
-  const auto left = std::min(request.deadline, request.first_token_deadline) - now_;
-  violations_->Expect(never_ran && left < (request.prompt_token_ids.size() + 2) * longest_step,
-                      "only who cannot make it is given up before it starts:", request.id);
-  marks_->Hit("given up before it started");
-}
-
-void World::CheckOutcome(const LiveRequest& live, const LiveSequence& sequence, const scheduler::FinishEvent& event) {
-  violations_->Expect(event.reason == sequence.expected.reason, "the finish reason is the oracle's:", event.id);
-  if (event.reason == FinishReason::kError) return marks_->Hit("row broken");
-  violations_->Expect(live.prompt_done, "PromptDone comes before the end:", event.id);
-  violations_->Expect(sequence.num_tokens == sequence.expected.tokens.size(), "all tokens are sent:", event.id);
-  if (event.index == 0) {
-    violations_->Expect(live.num_prompt_logprobs == sequence.expected.prompt_logprobs.size(),
-                        "all prompt logprobs are sent:", event.id);
-  }
-  if (live.request.max_tokens == 0) marks_->Hit("scored only");
-  if (event.reason != FinishReason::kLength && !sequence.expected.tokens.empty()) {
-    marks_->Hit("stopped by token");
-    violations_->Expect(event.stop_token == sequence.expected.tokens.back().token_id,
-                        "the stop token is named:", event.id);
-  }
-  marks_->Hit("finished unharmed");
+  violations_->Expect(core_.scheduler().fair_queue().num_accounts() == 0, "no account outlives its class");
+  violations_->Expect(runner_.fake().num_outstanding() == 0, "every batch is collected");
 }
 
 }  // namespace minitron::simulation

@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "scheduler/engine_core.h"
@@ -23,6 +25,7 @@ struct WorldOptions {
   // What a step takes of the virtual clock.
   scheduler::Duration step_time{};
   scheduler::Duration token_time{};  // on top, per token row
+  int slow_step_one_in = 0;          // n: about one in n takes a thousand times as long; 0: none
 };
 
 struct LiveSequence {
@@ -55,6 +58,11 @@ class World : public scheduler::StepSink {
   // Ids and indices that do not exist must be ignored.
   void Abort(scheduler::RequestId id);
   void AbortSequence(scheduler::RequestId id, int index);
+  // The same for all sequences, while Step() runs: it counts from the next step on.
+  void AbortMeanwhile(scheduler::RequestId id);
+
+  // Called twice in each Step(): while the runner works, and when the sink has been told of the results.
+  void set_meanwhile(std::function<void(bool runner_works)> meanwhile) { meanwhile_ = std::move(meanwhile); }
 
   // One step of the engine, then the invariants. Returns whether there was work.
   bool Step();
@@ -94,6 +102,8 @@ class World : public scheduler::StepSink {
   void CheckRefusal(const scheduler::Request& request, const absl::Status& status);
   void CheckDeadline(const LiveRequest& live, const LiveSequence& sequence, bool never_ran);
   void CheckEnded();
+  void CheckProgress(bool worked);
+  void NoteLackOfBlocks();
   void CheckRetiring();
   void NoteEvictions(const std::vector<CachedBlock>& before);
   void NoteWaits();
@@ -116,6 +126,10 @@ class World : public scheduler::StepSink {
   OrderChecker order_;
   std::map<scheduler::RequestId, LiveRequest> requests_;
   std::set<const scheduler::Sequence*> retiring_;  // since the step before
+  std::vector<scheduler::RequestId> aborted_meanwhile_;
+  std::function<void(bool)> meanwhile_ = [](bool) {};
+  int64_t num_working_steps_ = 0;
+  int64_t work_accepted_ = 0;  // steps that it may take, were each of them to do the least
   bool draining_ = false;
   bool failed_ = false;
   uint64_t event_hash_ = 0xCBF29CE484222325ull;

@@ -13,6 +13,7 @@ namespace {
 using engine::TokenId;
 
 constexpr uint64_t kPoison = 0xDEADBEEFDEADBEEFull;
+constexpr uint64_t kBroken = 0xBADBADBADBADBADBull;  // as not-a-number does, it spreads to all that is made of it
 
 uint64_t Mix(uint64_t a, uint64_t b) {
   uint64_t x = (a ^ (b + 0x9E3779B97F4A7C15ull + (a << 6) + (a >> 2)));
@@ -56,6 +57,9 @@ FakeModelRunner::FakeModelRunner(const FakeModelRunnerOptions& options)
 
 absl::Status FakeModelRunner::Submit(const engine::Batch& batch) {
   if (options_.fail_at_step >= 0 && num_steps_ > options_.fail_at_step) return absl::InternalError("fake: lost");
+  if (options_.fail_at_submit >= 0 && num_submitted_++ >= options_.fail_at_submit) {
+    return absl::ResourceExhaustedError("fake: out of device memory");
+  }
   CHECK(outstanding_.size() < 2);
   CheckWellFormed(batch);
   outstanding_.push_back({.batch = &batch, .result = {}});
@@ -168,7 +172,7 @@ void FakeModelRunner::WriteKv(const engine::Batch& batch, const std::vector<Toke
         const int64_t block = table[(position - 1) / options_.block_size];
         before = slots_[block * options_.block_size + (position - 1) % options_.block_size];
       }
-      slots_[batch.slot_mapping[t]] = Mix(Mix(before, tokens[t]), position);
+      slots_[batch.slot_mapping[t]] = before == kBroken ? kBroken : Mix(Mix(before, tokens[t]), position);
     }
   }
 }
@@ -178,9 +182,17 @@ uint64_t FakeModelRunner::ReadContext(const engine::Batch& batch, int sequence, 
   uint64_t context = 0;
   for (int p = 0; p <= position; ++p) {
     const int64_t block = table[p / options_.block_size];
-    context = Mix(context, slots_[block * options_.block_size + p % options_.block_size]);
+    const uint64_t slot = slots_[block * options_.block_size + p % options_.block_size];
+    if (slot == kBroken) return kBroken;
+    context = Mix(context, slot);
   }
   return context;
+}
+
+void FakeModelRunner::BreakWrittenSlots(const engine::Batch& batch, int sequence) {
+  for (int t = batch.query_start[sequence]; t < batch.query_start[sequence + 1]; ++t) {
+    slots_[batch.slot_mapping[t]] = kBroken;
+  }
 }
 
 engine::ResultRowOutput FakeModelRunner::Produce(const engine::Batch& batch, const engine::ResultRow& row,
@@ -188,7 +200,13 @@ engine::ResultRowOutput FakeModelRunner::Produce(const engine::Batch& batch, con
   const int position = batch.positions[row.token_row];
   const uint64_t context = ReadContext(batch, row.sequence, position);
   engine::ResultRowOutput output;
-  output.failed = options_.nan_one_in > 0 && Mix(context, 0x4E614E) % options_.nan_one_in == 0;
+  if (options_.accident_one_in > 0 && Mix(++num_rows_produced_, 0x414343) % options_.accident_one_in == 0) {
+    ++num_accidents_;
+    BreakWrittenSlots(batch, row.sequence);
+    output.failed = true;
+  }
+  output.failed = output.failed || context == kBroken ||
+                  (options_.nan_one_in > 0 && Mix(context, 0x4E614E) % options_.nan_one_in == 0);
   output.token_id = row.target != engine::kNone ? row.target : Sample(context, row, tokens[row.token_row], position);
   if (output.failed) return output;
   if (options_.wild_token_one_in > 0 && row.target == engine::kNone &&

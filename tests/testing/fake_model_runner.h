@@ -26,8 +26,12 @@ struct FakeModelRunnerOptions {
   int max_context_tokens = 1024;
   int vocab_size = 64;
   std::vector<engine::TokenId> eos_token_ids = {1};
-  int64_t fail_at_step = -1;  // the Collect of this step, from 0, returns INTERNAL, as does every call after it
-  int nan_one_in = 0;         // n: about one in n result rows fails, as a function of its content; 0: none
+  int64_t fail_at_step = -1;    // the Collect of this step, from 0, returns INTERNAL, as does every call after it
+  int64_t fail_at_submit = -1;  // the Submit of this batch, from 0, and every later one returns RESOURCE_EXHAUSTED
+  int nan_one_in = 0;           // n: about one in n result rows fails, as a function of its content; 0: none
+  // n: about one in n result rows fails by accident, not as a function of its content, and so do the slots that its
+  // sequence wrote in that step: whoever reads them fails as well.
+  int accident_one_in = 0;
   int wild_token_one_in = 0;  // likewise: about one in n samples is outside the vocabulary, as from a broken sampler
   bool compute_late = false;  // batches are computed when they are collected, as on a device that lags behind the host
   // Overrides the token derived from memory: (last token of the sequence, its position) -> next token.
@@ -58,6 +62,8 @@ class FakeModelRunner : public engine::ModelRunner {
   bool IsHeld();         // a Collect is blocked
 
   int64_t num_steps() const { return num_steps_; }  // collected; any thread
+  int64_t num_accidents() const { return num_accidents_; }
+  int num_outstanding() const { return static_cast<int>(outstanding_.size()); }
 
  private:
   struct History {
@@ -74,7 +80,9 @@ class FakeModelRunner : public engine::ModelRunner {
   void CheckWellFormed(const engine::Batch& batch) const;
   void CheckResultRow(const engine::Batch& batch, const engine::ResultRow& row) const;
   void WriteKv(const engine::Batch& batch, const std::vector<engine::TokenId>& tokens);
+  // A hash of all slots up to `position`; kBroken if one of them is.
   uint64_t ReadContext(const engine::Batch& batch, int sequence, int position) const;
+  void BreakWrittenSlots(const engine::Batch& batch, int sequence);
   engine::ResultRowOutput Produce(const engine::Batch& batch, const engine::ResultRow& row,
                                   const std::vector<engine::TokenId>& tokens);
   engine::TokenId Sample(uint64_t context, const engine::ResultRow& row, engine::TokenId last, int position) const;
@@ -86,6 +94,9 @@ class FakeModelRunner : public engine::ModelRunner {
   std::deque<Outstanding> outstanding_;
   std::vector<engine::ResultRowOutput> previous_rows_;  // of the batch computed last
   std::atomic<int64_t> num_steps_ = 0;
+  int64_t num_submitted_ = 0;
+  uint64_t num_rows_produced_ = 0;
+  int64_t num_accidents_ = 0;
 
   std::mutex mutex_;  // guards the gate
   std::condition_variable gate_;

@@ -71,7 +71,9 @@ class AsyncStream(AsyncIterator[generation_pb2.GenerateStreamResponse]):
 
     async def _try_again(self, error: errors.MinitronError) -> None:
         try:
-            if self._answered or self._cancelled.is_set():
+            if self._cancelled.is_set():
+                raise _cancelled_by_caller()
+            if self._answered:
                 raise error
             wait = self._attempts.wait_after(error)
             try:

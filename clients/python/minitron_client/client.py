@@ -65,9 +65,11 @@ class Stream(Iterator[generation_pb2.GenerateStreamResponse]):
     def _try_again(self, error: errors.MinitronError) -> None:
         """Waits and calls anew, or raises and remembers what the stream ends with."""
         try:
-            if self._answered or self._cancelled.is_set():
-                raise error
-            if self._cancelled.wait(self._attempts.wait_after(error)):
+            if not self._cancelled.is_set():
+                if self._answered:
+                    raise error
+                self._cancelled.wait(self._attempts.wait_after(error))
+            if self._cancelled.is_set():
                 raise errors.error_of(grpc.StatusCode.CANCELLED, "cancelled by the caller")
         except errors.MinitronError as final:
             self._error = final

@@ -52,8 +52,11 @@ absl::Status CheckOptions(const EngineOptions& options) {
   }
   if (options.model_dir.empty()) return absl::InvalidArgumentError("model_dir is empty");
   struct stat info {};
-  if (stat(options.model_dir.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
+  if (stat(options.model_dir.c_str(), &info) != 0) {
     return absl::NotFoundError(absl::StrCat("model folder '", options.model_dir, "' is not there"));
+  }
+  if (!S_ISDIR(info.st_mode)) {
+    return absl::NotFoundError(absl::StrCat("model folder '", options.model_dir, "' is no folder"));
   }
   return absl::OkStatus();
 }

@@ -192,8 +192,6 @@ void RouteLibraryLogs() {
   });
 }
 
-absl::Status CheckPortIsFree(const std::string& host, int port) {
-  return port == 0 ? absl::OkStatus() : ListeningSocket::Open(host, port).status();
-}
+absl::Status CheckPortIsFree(const std::string& host, int port) { return ListeningSocket::Open(host, port).status(); }
 
 }  // namespace minitron::server

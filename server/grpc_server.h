@@ -88,8 +88,8 @@ class GrpcServer {
 // Sends what gRPC and protobuf have to say through our log: same format, same rate limit. Call once, first.
 void RouteLibraryLogs();
 
-// Error: UNAVAILABLE when nobody could listen on this address now. A cheap question before a model is loaded for
-// minutes; the answer may change until Start.
+// Error: UNAVAILABLE when nobody could listen on this address now; port 0 asks for any. A cheap question before a model
+// is loaded for minutes; the answer may change until Start.
 absl::Status CheckPortIsFree(const std::string& host, int port);
 
 }  // namespace minitron::server

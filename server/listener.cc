@@ -65,7 +65,9 @@ absl::StatusOr<ListeningSocket> ListeningSocket::Open(const std::string& host, i
   hints.ai_socktype = SOCK_STREAM;
   hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
   addrinfo* found = nullptr;
-  if (getaddrinfo(host.c_str(), absl::StrCat(port).c_str(), &hints, &found) != 0) return CannotListen(host, port);
+  if (const int error = getaddrinfo(host.c_str(), absl::StrCat(port).c_str(), &hints, &found); error != 0) {
+    return absl::UnavailableError(absl::StrCat("cannot listen on ", host, ": ", gai_strerror(error)));
+  }
   const int fd = socket(found->ai_family, found->ai_socktype | SOCK_CLOEXEC | SOCK_NONBLOCK, found->ai_protocol);
   const int on = 1;
   const int off = 0;

@@ -113,13 +113,24 @@ std::vector<std::string> Environment() {
   return variables;
 }
 
+// Before a model is loaded for minutes. The metrics port is opened at once.
+absl::Status CheckPortsAreFree(const ServerOptions& options) {
+  const std::pair<const char*, int> ports[] = {
+      {"--port", options.port}, {"--health-port", options.health_port}, {"--http-port", options.http_port}};
+  for (const auto& [flag, port] : ports) {
+    if (port < 0) continue;  // none
+    if (const absl::Status status = CheckPortIsFree(options.host, port); !status.ok()) {
+      return absl::UnavailableError(absl::StrCat(flag, "=", port, ": ", std::string(status.message())));
+    }
+  }
+  return absl::OkStatus();
+}
+
 int Run(const ServerOptions& options) {
   const auto start = Clock::now();
   Lifecycle lifecycle;
   if (const absl::Status status = CheckPortFile(options.port_file); !status.ok()) return Fail(kExitUsage, status);
-  if (const absl::Status status = CheckPortIsFree(options.host, options.port); !status.ok()) {
-    return Fail(kExitPort, status);
-  }
+  if (const absl::Status status = CheckPortsAreFree(options); !status.ok()) return Fail(kExitPort, status);
   auto security = OpenSecurity(options);
   if (!security.ok()) return Fail(kExitUsage, security.status());
   auto started = MetricsServer::Start(options.host, options.metrics_port);

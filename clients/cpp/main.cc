@@ -5,6 +5,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <thread>
 
 #include "clients/cpp/commands.h"
@@ -59,6 +60,12 @@ std::optional<UsageError> MakeClientOptions(const Arguments& arguments, ClientOp
   const char* const environment = std::getenv("MINITRON_SERVER");
   if (environment != nullptr && *environment != '\0') options->target = environment;
   options->target = arguments.Get("server", options->target);
+  if (options->target.empty()) return UsageError{"--server \"\" is no address; HOST:PORT is needed"};
+  for (const char* scheme : {"http://", "https://", "grpc://"}) {
+    if (options->target.compare(0, std::strlen(scheme), scheme) == 0) {
+      return UsageError{"--server \"" + options->target + "\": HOST:PORT is needed, without " + scheme};
+    }
+  }
   if (arguments.Has("timeout")) {
     float seconds = 0;
     if (!ParseFloat(arguments.Get("timeout"), &seconds) || !(seconds > 0) || seconds > 1e6f) {
@@ -69,7 +76,8 @@ std::optional<UsageError> MakeClientOptions(const Arguments& arguments, ClientOp
   return ReadMetadata(arguments, &options->metadata);
 }
 
-int Run(const std::vector<std::string>& args) {
+int Run(std::vector<std::string> args) {
+  if (args.size() == 2 && args[0] == "help") args = {args[1], "--help"};
   if (args.empty() || args[0] == "--help" || args[0] == "-h" || args[0] == "help") {
     std::fputs(Overview().c_str(), args.empty() ? stderr : stdout);
     return args.empty() ? kExitUsage : kExitOk;

@@ -134,6 +134,19 @@ TEST_F(CliTest, EveryOtherCommandPrintsItsAnswer) {
   EXPECT_EQ(RunCli({"health", Server(), "--json"}).out, "{\"status\":\"SERVING\"}\n");
 }
 
+TEST_F(CliTest, HelpTakesACommand) {
+  EXPECT_EQ(RunCli({"help", "score"}).out, RunCli({"score", "--help"}).out);
+  EXPECT_EQ(RunCli({"help", "nothing"}).exit_code, 2);
+}
+
+TEST_F(CliTest, AnAddressIsHostAndPort) {
+  for (const char* address : {"--server=", "--server=http://localhost:50051", "--server=grpc://a:1"}) {
+    const Outcome outcome = RunCli({"models", address});
+    EXPECT_EQ(outcome.exit_code, 2) << address;
+    EXPECT_THAT(outcome.err, HasSubstr("HOST:PORT is needed")) << address;
+  }
+}
+
 TEST_F(CliTest, ChatAnswersLineByLineAndGoesOnAfterAnError) {
   const Outcome outcome = RunCli({"chat", Server()}, nullptr, "hello\n\n/reset\nfail\n/nope\nhello\n/quit\nhello\n");
   EXPECT_EQ(outcome.exit_code, 0) << "the last answer was complete";

@@ -165,8 +165,25 @@ TEST(ServerTest, TakenPortIsOneLineAndExitCode4) {
   EXPECT_EQ(second.Wait(), 4);
   EXPECT_EQ(LineCount(second.StandardError()), 1) << second.StandardError();
   EXPECT_THAT(second.StandardError(), HasSubstr(std::to_string(first.grpc_port)));
-  ServerProcess third({"--metrics-port=" + std::to_string(first.metrics_port)});
-  EXPECT_EQ(third.Wait(), 4);
+  for (const std::string flag : {"--metrics-port", "--health-port", "--http-port"}) {
+    ServerProcess other({flag + "=" + std::to_string(first.metrics_port)});
+    EXPECT_EQ(other.Wait(), 4) << flag;
+    EXPECT_EQ(LineCount(other.StandardError()), 1) << other.StandardError();
+    EXPECT_THAT(other.StandardError(), HasSubstr(std::to_string(first.metrics_port)));
+  }
+}
+
+TEST(ServerTest, AHostThatIsNoneIsSaidBeforeTheModelIsLoaded) {
+  ServerProcess server({"--host=999.1.1.1"});
+  EXPECT_EQ(server.Wait(), 4);
+  EXPECT_EQ(LineCount(server.StandardError()), 1) << server.StandardError();
+  EXPECT_THAT(server.StandardError(), HasSubstr("--port=0: cannot listen on 999.1.1.1: "));
+}
+
+TEST(ServerTest, AModelThatIsAFileIsNoFolder) {
+  ServerProcess server({"--model=" MINITRON_SOURCE_DIR "/README.md"});
+  EXPECT_EQ(server.Wait(), 3);
+  EXPECT_THAT(server.StandardError(), HasSubstr("is no folder"));
 }
 
 TEST(ServerTest, MissingModelIsExitCode3) {

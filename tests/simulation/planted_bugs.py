@@ -118,6 +118,7 @@ def run_variant(binary, seeds):
     # A rare state that was not reached is no find: a bug has to show as a broken claim.
     found = hung or seed is not None or (process.returncode not in (0, None) and said is not None)
     what = "hangs" if hung and said is None else said.group(1) if said else f"exit code {process.returncode}"
+    what = re.sub(r"/\S*/", "", what)  # the scratch folder
     return found, int(seed.group(1)) if seed else None, seconds, re.sub(r"[\s\d]+$", "", what)[:90]
 
 

@@ -204,8 +204,9 @@ void OrderChecker::CheckServiceGap(const scheduler::Scheduler& scheduler) {
   const double longest = std::max(
       fairness_.prompt_token_weight * longest_prompt_,
       fairness_.output_token_weight * longest_output_ * static_cast<double>(scheduler.max_running_sequences()));
-  // And one prompt: of one of the two, the step under way may hold a chunk that was planned before the other's turn.
-  const double bound = fairness_.burst_credit + 2 * longest + fairness_.prompt_token_weight * longest_prompt_;
+  // And one chunk: the step under way may hold one of one of the two, planned before the other's turn.
+  const double chunk = std::min<double>(longest_prompt_, scheduler.max_step_tokens());
+  const double bound = fairness_.burst_credit + 2 * longest + fairness_.prompt_token_weight * chunk;
   for (auto a = waits.begin(); a != waits.end(); ++a) {
     for (auto b = std::next(a); b != waits.end() && b->first.first == a->first.first; ++b) {
       if (!a->second || !b->second) continue;

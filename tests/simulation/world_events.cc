@@ -113,9 +113,10 @@ void World::CheckDeadline(const LiveRequest& live, const LiveSequence& sequence,
   violations_->Expect(!live.prompt_done, "only the expired end by deadline:", request.id);
   if (request.first_token_deadline <= now_) return marks_->Hit("first token too late");
   // Given up before it started: even with a step for each of its tokens it must have been close.
-  // What passes between two calls counts as well when steps overlap, and what the runner and the sink hold up.
+  // What passes between two calls counts as well: when steps overlap, a step is seen to last from before the one to
+  // after the other, so it may hold two such times.
   const auto longest_step =
-      options_.step_time + core_.scheduler().max_step_tokens() * options_.token_time + 3 * longest_advance_;
+      options_.step_time + core_.scheduler().max_step_tokens() * options_.token_time + 2 * longest_advance_;
   const auto left = std::min(request.deadline, request.first_token_deadline) - now_;
   violations_->Expect(never_ran && left < (request.prompt_token_ids.size() + 2) * longest_step,
                       "only who cannot make it is given up before it starts:", request.id);

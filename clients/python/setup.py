@@ -28,6 +28,7 @@ class BuildPy(build_py):
         for name in NAMES:
             for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py"):
                 yield folder / PACKAGE / (name + suffix)
+        yield folder / PACKAGE / "py.typed"
 
     def run(self):
         super().run()
@@ -39,6 +40,7 @@ class BuildPy(build_py):
                      f"--pyi_out={out}", f"--grpc_python_out={out}"]
         if protoc.main(arguments + [str(root / PACKAGE / f"{name}.proto") for name in NAMES]) != 0:
             raise RuntimeError("protoc failed; its messages are above")
+        (out / PACKAGE / "py.typed").touch()
 
     def get_outputs(self, include_bytecode=True):
         return super().get_outputs(include_bytecode) + [str(path) for path in self._generated()]

@@ -81,7 +81,7 @@ class DeadlineExceededError(MinitronError):
 
 
 class NotFoundError(MinitronError):
-    """No such model."""
+    """No such model, or service to ask the health of."""
 
 
 class AlreadyExistsError(MinitronError):

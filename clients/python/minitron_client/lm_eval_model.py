@@ -23,7 +23,7 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 
 
 @register_model("minitron")
-class MinitronLM(TemplateLM):  # type: ignore[misc]
+class MinitronLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """Texts become tokens as for the harness's own `hf` model, but on the server.
 
     target, token, timeout: of the client; timeout in seconds per call.  ca_file: PEM file; turns TLS on.

@@ -61,7 +61,8 @@ class RetryPolicy:
             return error.pushback if error.pushback >= 0 else None
         if error.retry_delay is not None:
             return error.retry_delay
-        return min(self.max_delay, self.initial_delay * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+        longest = min(self.max_delay, self.initial_delay * 2.0 ** min(attempt - 1, 100))  # more would leave float's range
+        return longest * random.uniform(0.5, 1)
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,16 @@ def tokenize_request(text: str, *, model: str = "", add_bos: bool | None = None,
 
 def detokenize_request(token_ids: Sequence[int], *, model: str = "",
                        skip_special_tokens: bool | None = None) -> pb.DetokenizeRequest:
-    return pb.DetokenizeRequest(model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+    request = pb.DetokenizeRequest(model=model, token_ids=token_ids)
+    if skip_special_tokens is not None:
+        request.skip_special_tokens = skip_special_tokens
+    return request
 
 
 def _tokenize_options(add_bos: bool | None, parse_special: bool | None) -> pb.TokenizeOptions:
-    return pb.TokenizeOptions(add_bos=add_bos, parse_special=parse_special)
+    options = pb.TokenizeOptions()
+    if add_bos is not None:
+        options.add_bos = add_bos
+    if parse_special is not None:
+        options.parse_special = parse_special
+    return options

@@ -25,8 +25,14 @@ class Blocking:
         return lambda *args, **kwargs: self.run(call(*args, **kwargs))
 
     def stream(self, *args, **kwargs):
+        return self._start(self._client.stream, args, kwargs)
+
+    def watch_health(self, *args, **kwargs):
+        return self._start(self._client.watch_health, args, kwargs)
+
+    def _start(self, call, args, kwargs):
         async def start():
-            return self._client.stream(*args, **kwargs)
+            return call(*args, **kwargs)
         return BlockingStream(self.run, self.run(start()))
 
     def __enter__(self):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 import subprocess
+import sys
 import tempfile
 import threading
 import unittest
@@ -14,7 +15,7 @@ import minitron_client
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from minitron.v1 import generation_pb2, generation_pb2_grpc
-from minitron_client import Client, ClientOptions, RetryPolicy, Tls
+from minitron_client import Client, ClientOptions, HealthStatus, RetryPolicy, Tls
 
 import server_fixture
 from minitron_client_fixture import Blocking, texts_of
@@ -55,7 +56,7 @@ class SecurityTest(unittest.TestCase):
         for name in ("ca", "client"):  # the server's certificate is its own authority; so is the client's
             subprocess.run(
                 ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
-                 "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:server.test", "-keyout",
+                 "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:server.test,IP:127.0.0.1", "-keyout",
                  cls.folder / f"{name}.key", "-out", cls.folder / f"{name}.pem"], check=True, stderr=subprocess.DEVNULL)
         digest = lambda token: hashlib.sha256(token.encode()).hexdigest()
         (cls.folder / "auth.json").write_text(json.dumps({
@@ -81,6 +82,14 @@ class SecurityTest(unittest.TestCase):
         with self.client() as client:
             self.assertEqual(client.models()[0].name, "minitron-tiny")
 
+    def test_the_readme_s_code_for_it(self):
+        text = (server_fixture.ROOT / "clients" / "python" / "README.md").read_text()
+        (block,) = [block for block in text.split("```python\n")[1:] if "inference.example" in block.split("```")[0]]
+        code = block.split("```")[0].replace('"..."', '"alice-token"')
+        done = subprocess.run([sys.executable, "-B", "-c", code.replace("inference.example:443", self.server.address)],
+                              cwd=self.folder, capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stdout), (0, "minitron-tiny\n"), done.stderr)
+
     def test_without_the_certificate_there_is_no_connection(self):
         with self.client(certificate=False) as client, self.assertRaises(minitron_client.UnavailableError):
             client.models()
@@ -90,9 +99,12 @@ class SecurityTest(unittest.TestCase):
             with self.client(token) as client, self.assertRaises(minitron_client.UnauthenticatedError) as raised:
                 client.models()
             self.assertEqual(raised.exception.reason, reason)
-        with self.client() as client, self.assertRaises(minitron_client.PermissionDeniedError) as raised:
-            client.load()
-        self.assertEqual(raised.exception.reason, "ROLE_MISSING")
+        with self.client() as client:
+            for call in (client.load, client.server_info, client.drain, lambda: client.cancel("a")):
+                with self.assertRaises(minitron_client.PermissionDeniedError) as raised:
+                    call()
+                self.assertEqual(raised.exception.reason, "ROLE_MISSING")
+            self.assertEqual(client.health(), HealthStatus.SERVING)  # nothing was drained
 
     def test_a_quota_is_typed(self):
         with self.client() as client, self.assertRaises(minitron_client.ResourceExhaustedError) as raised:
@@ -140,6 +152,22 @@ class DrainTest(unittest.TestCase):
                 self.assertEqual(sum(event.HasField("finished") for event in events), 2)
                 both.generate("a", max_tokens=1)
             self.assertEqual((leaving.stop(), staying.stop()), (0, 0))
+
+    def test_a_drain_that_a_client_asks_for(self):
+        """The watch tells, new requests are refused by reason, what runs ends complete, and the server exits cleanly."""
+        for make_client in (Client, Blocking):
+            server = server_fixture.Server()
+            with make_client(server.address, ClientOptions(retry=RetryPolicy(attempts=1))) as client:
+                watch, stream = client.watch_health(), client.stream(PROMPT, max_tokens=800, n=2, ignore_eos=True)
+                self.assertEqual(next(watch), HealthStatus.SERVING)
+                next(stream)
+                self.assertIsNone(client.drain())
+                self.assertEqual(next(watch), HealthStatus.NOT_SERVING)
+                with self.assertRaises(minitron_client.UnavailableError) as raised:
+                    client.generate(PROMPT, max_tokens=1)
+                self.assertEqual(raised.exception.reason, "DRAINING")
+                self.assertEqual(sum(event.HasField("finished") for event in stream), 2)
+            self.assertEqual(server.stop(), 0)
 
     def test_a_server_that_leaves_for_good_is_unavailable(self):
         for make_client in (Client, Blocking):

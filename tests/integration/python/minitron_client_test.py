@@ -2,11 +2,16 @@
 
 import asyncio
 import concurrent.futures
+import inspect
 import json
+import re
+import subprocess
+import sys
 import unittest
 
+import grpc
 import minitron_client
-from minitron_client import Client, ClientOptions, RetryPolicy
+from minitron_client import Client, ClientOptions, HealthStatus, RetryPolicy
 
 import server_fixture
 from minitron_client_fixture import Blocking, texts_of
@@ -100,6 +105,45 @@ class CallTests:
         self.assertEqual((model.name, bos[0]), ("minitron-tiny", model.bos_token_id))
         self.assertFalse(self.client.load().draining)
 
+    def test_server_info_is_the_native_one(self):
+        info = self.client.server_info()
+        native = self.native.call("minitron.v1.AdminService", "GetServerInfo",
+                                  self.native.message("minitron.v1.GetServerInfoRequest")())
+        for name in ("version", "backend", "model", "kv_block_size", "kv_blocks", "max_running_sequences",
+                     "max_step_tokens", "max_queued_requests", "max_context_tokens"):
+            self.assertEqual(getattr(info, name), getattr(native, name), name)
+        self.assertEqual((info.model, info.kv_blocks), ("minitron-tiny", self.client.load().kv_blocks))
+        self.assertGreater(info.kv_blocks, 0)
+
+    def test_an_operator_cancels_by_name(self):
+        options = {"max_tokens": 1000, "n": 4, "ignore_eos": True}
+        streams = [self.client.stream(PROMPT, request_id=name, **options) for name in ("one", "two", "three")]
+        for stream in streams:
+            next(stream)
+        self.assertEqual(self.client.cancel("one"), 1)
+        self.assertEqual(self.client.cancel(["two", "nobody"]), 1)
+        for stream in streams[:2]:
+            with self.assertRaises(minitron_client.CancelledError):
+                while True:
+                    next(stream)
+        self.assertEqual(next(streams[2]).WhichOneof("event"), "delta")  # who was not named goes on
+        streams[2].cancel()
+        self.wait_until_idle()
+        error = self.refused(minitron_client.InvalidArgumentError, self.client.cancel, ["name"] * 1025)
+        self.assertEqual(error.field, "request_ids")
+
+    def test_health_is_told_and_watched(self):
+        service = "minitron.v1.GenerationService"
+        self.assertEqual([self.client.health(), self.client.health(service)], [HealthStatus.SERVING] * 2)
+        self.refused(minitron_client.NotFoundError, self.client.health, "nobody")
+        for name, status in (("", HealthStatus.SERVING), (service, HealthStatus.SERVING),
+                             ("nobody", HealthStatus.SERVICE_UNKNOWN)):
+            with self.client.watch_health(name) as watch:
+                self.assertEqual(next(watch), status)
+                watch.cancel()
+                with self.assertRaises(minitron_client.CancelledError):
+                    next(watch)
+
     def test_cancel_frees_the_request(self):
         stream = self.client.stream(PROMPT, max_tokens=1000, n=4, ignore_eos=True)
         next(stream)
@@ -158,6 +202,25 @@ class CallTests:
             self.refused(minitron_client.UnavailableError, list, client.stream("a"))
 
 
+class BothClientsTest(unittest.TestCase):
+
+    def test_they_have_the_same_calls_with_the_same_arguments(self):
+        names = {name for name, value in vars(Client).items() if name[0] != "_" and callable(value)}
+        self.assertEqual(names, {name for name in vars(minitron_client.AsyncClient) if name[0] != "_"})
+        for name in names:
+            signatures = [inspect.signature(getattr(kind, name)) for kind in (Client, minitron_client.AsyncClient)]
+            self.assertEqual(*[list(signature.parameters.values()) for signature in signatures], name)
+            self.assertTrue(getattr(Client, name).__doc__, name)
+        self.assertEqual(list(inspect.signature(Client.score).parameters)[:3], ["self", "context", "target"])
+
+    def test_a_wait_of_any_attempt_is_within_its_bounds(self):
+        error = minitron_client.UnavailableError(grpc.StatusCode.UNAVAILABLE, "")
+        policy = RetryPolicy(attempts=1 << 20)
+        for attempt in (1, 2, 100, 1100, 1 << 19):
+            longest = min(policy.max_delay, policy.initial_delay * 2 ** min(attempt - 1, 10))
+            self.assertTrue(longest / 2 <= policy.wait(error, attempt) <= longest, attempt)
+
+
 class BlockingClientTest(CallTests, server_fixture.ServerTestCase):
 
     make_client = Client
@@ -197,6 +260,62 @@ class AsyncClientTest(CallTests, server_fixture.ServerTestCase):
 
         wanted = [self.client.generate(PROMPT, max_tokens=8, seed=seed).sequences[0].text for seed in range(4)]
         self.assertEqual([answer.sequences[0].text for answer in self.client.run(go())], wanted * 8)
+
+
+class DocumentationTest(server_fixture.ServerTestCase):
+    """The README's code and the examples do what they say. The README's part with TLS runs in the refusal test."""
+
+    PACKAGE = server_fixture.ROOT / "clients" / "python"
+
+    def run_python(self, *arguments, text=""):
+        done = subprocess.run([sys.executable, "-B", *arguments], input=text, capture_output=True, text=True,
+                              check=False)
+        self.assertEqual((done.returncode, done.stderr), (0, ""), arguments[-1])
+        return done.stdout
+
+    def example(self, name, *arguments, text=""):
+        return self.run_python(str(self.PACKAGE / "examples" / name), self.server.address, *arguments, text=text)
+
+    def test_the_code_of_the_readme(self):
+        blocks = [block for block in readme_blocks() if "inference.example" not in block]
+        self.assertEqual(len(blocks), 4)
+        calls, for_asyncio, operators, refusal = (
+            self.run_python("-c", block.replace("localhost:50051", self.server.address)) for block in blocks)
+        native = self.native.generate("To be or not to be,", 32, temperature=0, stop=["\n"]).sequences[0].text
+        self.assertTrue(calls.startswith(native + "\n"), calls)
+        self.assertTrue(calls.endswith("Grüße minitron-tiny\n"), calls)
+        self.assertIn("['", for_asyncio)
+        self.assertIn("HealthStatus.SERVING", operators)
+        self.assertIn("0 requests were live", operators)
+        self.assertEqual(refusal, "sampling.temperature 3.5 2\n")
+
+    def test_the_examples(self):
+        native = self.native.generate("Once upon a time", 60, temperature=0.8, seed=7, stop=["\n\n"]).sequences[0]
+        usage = native.finished.usage
+        counts = f"\n[{usage.prompt_tokens} + {usage.completion_tokens} tokens, FINISH_REASON_"
+        self.assertTrue(self.example("stream.py").startswith("Once upon a time" + native.text + counts))
+        prompts = ["One,", "Two,", "Grüße"]
+        wanted = [prompt + self.native.generate(prompt, 16, temperature=0, stop=["\n"]).sequences[0].text
+                  for prompt in prompts]
+        self.assertEqual(self.example("many.py", text="\n".join(prompts)).splitlines(), wanted)
+        ranked = self.example("choose.py", "To be or not", " king's", " to be").splitlines()
+        self.assertEqual([line[10:] for line in ranked], [" to be", " king's"])
+        self.assertRegex(self.example("operate.py", "status"), r"minitron-tiny on cpu, .* SERVING\nrunning 0 of \d+, ")
+        self.assertEqual(self.example("operate.py", "cancel", "a", "b"), "0 of 2 were live\n")
+        self.assertEqual({path.name for path in (self.PACKAGE / "examples").glob("*.py")},
+                         {"stream.py", "many.py", "choose.py", "operate.py"})
+
+    @classmethod
+    def tearDownClass(cls):
+        if subprocess.check_output([sys.executable, "-B", cls.PACKAGE / "examples" / "operate.py", cls.server.address,
+                                    "drain"]) != b"draining\n":
+            raise AssertionError("operate.py drain")
+        super().tearDownClass()
+
+
+def readme_blocks():
+    text = (DocumentationTest.PACKAGE / "README.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ MatrixView<const typename Ops::Element> Forward(Ops& ops, const NemotronConfig& 
   const Matrix attended{buffers.attended.data(), T, config.query_width()};
   const Matrix inner{buffers.inner.data(), T, config.intermediate_size};
   const auto read = [](const Matrix& m) { return ConstMatrix{m.data, m.rows, m.cols}; };
-  ConstMatrix delta{nullptr, T, config.hidden_size};  // what the block before adds to the residual; none at first
+  ConstMatrix delta{nullptr, T, config.hidden_size};  // what is left to add to the residual; nothing at first
 
   ops.Embed(batch, weights.embedding, x);
   for (int layer = 0; layer < config.num_layers; ++layer) {
@@ -59,12 +59,11 @@ MatrixView<const typename Ops::Element> Forward(Ops& ops, const NemotronConfig& 
     ops.ProjectQkv(read(h), w.q_proj, w.k_proj, w.v_proj, q, k, v);
     ops.RopeAndStoreKv(batch, layer, q, read(k), read(v));
     ops.PagedAttention(batch, layer, read(q), attended);
-    ops.MatMul(read(attended), w.o_proj, h);
-    ops.AddLayerNorm1p(x, read(h), w.post_norm_weight, w.post_norm_bias, config.norm_eps, h);
+    delta = ops.MatMulToResidual(read(attended), w.o_proj, x, h);
+    ops.AddLayerNorm1p(x, delta, w.post_norm_weight, w.post_norm_bias, config.norm_eps, h);
     ops.MatMul(read(h), w.up_proj, inner);
     ops.SquaredRelu(inner);
-    ops.MatMul(read(inner), w.down_proj, h);
-    delta = read(h);
+    delta = ops.MatMulToResidual(read(inner), w.down_proj, x, h);
   }
   ops.AddLayerNorm1p(x, delta, weights.final_norm_weight, weights.final_norm_bias, config.norm_eps, h);
   return read(h);

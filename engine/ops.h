@@ -1,5 +1,5 @@
 // OpSet: the inner seam. The Nemotron graph (nemotron_forward.h) and the runner (model_runner_impl.h) are written once
-// over these nine ops; engine/cpu implements them on fp32 activations, a CUDA op set would on bf16.
+// over these ops; engine/cpu implements them on fp32 activations, engine/cuda on bf16.
 //
 // An op enqueues work and may return before it is done; ops run in the order they are called. Ops never allocate: an op
 // set owns its KV cache, its workspace and its history, sized when it is built. Shapes are CHECKed, values never fail.
@@ -70,6 +70,11 @@ concept OpSet = requires(Ops ops, const Batch& batch, const BatchView& view, Wei
   //   out [T, out]; the second form keeps logits in fp32 whatever Element is
   {ops.MatMul(in, weight, out)};
   {ops.MatMul(in, weight, logits)};
+
+  // residual += x * w^T, as MatMul; or delta = x * w^T, which the next AddLayerNorm1p is to add. Returns what is left
+  // to add: null data when nothing is.
+  //   x [T, in], w [hidden, in], residual, delta [T, hidden]
+  { ops.MatMulToResidual(in, weight, out, out) } -> std::same_as<MatrixView<const typename Ops::Element>>;
 
   // q = x * wq^T, k = x * wk^T, v = x * wv^T, as MatMul. The three outputs lie one behind the other, and how their
   // numbers lie in that memory is the op set's own affair: only RopeAndStoreKv and PagedAttention read them.

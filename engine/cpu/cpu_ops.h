@@ -38,6 +38,12 @@ class CpuOps {
   void AddLayerNorm1p(Matrix residual, ConstMatrix delta, const WeightView& weight, const WeightView& bias, float eps,
                       Matrix out);
   void MatMul(ConstMatrix x, const WeightView& w, Matrix out);
+  // Leaves the sum to the norm, which passes over the residual anyway.
+  ConstMatrix MatMulToResidual(ConstMatrix x, const WeightView& w, Matrix residual, Matrix delta) {
+    CHECK(residual.rows == delta.rows && residual.cols == delta.cols);
+    MatMul(x, w, delta);
+    return {delta.data, delta.rows, delta.cols};
+  }
   void ProjectQkv(ConstMatrix x, const WeightView& wq, const WeightView& wk, const WeightView& wv, Matrix q, Matrix k,
                   Matrix v);
   void RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstMatrix k, ConstMatrix v);

@@ -25,8 +25,8 @@ namespace {
 
 constexpr int64_t kWorkspaceBytes = 32 << 20;  // what NVIDIA advises for Hopper; the default preference is none
 constexpr int kMaxCandidates = 16;
-constexpr int kInvariantRows =
-    64;  // the rows a batch-invariant choice is timed at, if there are as many: a full decode step
+// The rows a batch-invariant choice is timed at, if there are as many: a full decode step.
+constexpr int kInvariantRows = 64;
 constexpr int kTimedRuns = 10;
 constexpr const char* kLibraryName = "libcublasLt.so." CUBLASLT_MAJOR;
 
@@ -88,9 +88,11 @@ struct Library {
 struct Shape {
   int rows, outs, depth;
   cudaDataType_t out_type;
+  Store store;
 };
-// What a choice is kept under: rows 0 stands for every number of rows.
+// What a choice is kept under: rows (0 stands for every number of them), outs, depth, kind.
 using Key = std::tuple<int, int, int, int>;
+int KindOf(const Shape& shape) { return static_cast<int>(shape.out_type) + (shape.store == Store::kAdd ? 256 : 0); }
 
 // Descriptors of out = x * w^T, row-major. To the library matrices are column-major: out^T [outs, rows] =
 // (w^T)^T [depth, outs] * x^T [depth, rows], "TN", the only form its FP8 kernels take as well.
@@ -142,19 +144,19 @@ class CublasLtMatMul final : public MatMul {
     return absl::OkStatus();
   }
 
-  absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Bf16* out,
+  absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Store store, Bf16* out,
                    cudaStream_t stream) override {
-    return RunAs({rows, outs, depth, CUDA_R_16BF}, x, w, out, stream);
+    return RunAs({rows, outs, depth, CUDA_R_16BF, store}, x, w, out, stream);
   }
   absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, float* out,
                    cudaStream_t stream) override {
-    return RunAs({rows, outs, depth, CUDA_R_32F}, x, w, out, stream);
+    return RunAs({rows, outs, depth, CUDA_R_32F, Store::kReplace}, x, w, out, stream);
   }
   int64_t workspace_bytes() const override { return kWorkspaceBytes; }
 
  private:
   Key KeyOf(const Shape& shape) const {
-    return {options_.batch_invariant ? 0 : shape.rows, shape.outs, shape.depth, static_cast<int>(shape.out_type)};
+    return {options_.batch_invariant ? 0 : shape.rows, shape.outs, shape.depth, KindOf(shape)};
   }
 
   absl::Status RunAs(const Shape& shape, const Bf16* x, const Bf16* w, void* out, cudaStream_t stream) {
@@ -174,7 +176,7 @@ class CublasLtMatMul final : public MatMul {
       RETURN_IF_ERROR(Choose(shape, x, w, out, stream));
       found = choices_.find(KeyOf(shape));
     }
-    return Enqueue(problem, found->second.algorithm, x, w, out, stream);
+    return Enqueue(problem, found->second.algorithm, shape.store, x, w, out, stream);
   }
 
   // Whether the library takes an algorithm, which may come from a file, for a problem.
@@ -185,10 +187,10 @@ class CublasLtMatMul final : public MatMul {
            result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= static_cast<size_t>(kWorkspaceBytes);
   }
 
-  absl::Status Enqueue(const Problem& problem, const cublasLtMatmulAlgo_t& algorithm, const Bf16* x, const Bf16* w,
-                       void* out, cudaStream_t stream) {
-    const float one = 1.0f, zero = 0.0f;
-    return LtStatus(library_.matmul(handle_, problem.desc, &one, w, problem.w, x, problem.x, &zero, out, problem.out,
+  absl::Status Enqueue(const Problem& problem, const cublasLtMatmulAlgo_t& algorithm, Store store, const Bf16* x,
+                       const Bf16* w, void* out, cudaStream_t stream) {
+    const float alpha = 1.0f, beta = store == Store::kAdd ? 1.0f : 0.0f;
+    return LtStatus(library_.matmul(handle_, problem.desc, &alpha, w, problem.w, x, problem.x, &beta, out, problem.out,
                                     out, problem.out, &algorithm, workspace_.data(), kWorkspaceBytes, stream),
                     "matmul");
   }
@@ -235,27 +237,49 @@ class CublasLtMatMul final : public MatMul {
     ASSIGN_OR_RETURN(const std::vector<cublasLtMatmulAlgo_t> candidates, Candidates(problem));
     size_t best = 0;
     if (capturing == cudaStreamCaptureStatusNone) {
-      float best_ms = std::numeric_limits<float>::infinity();
-      for (size_t i = 0; i < candidates.size(); ++i) {
-        ASSIGN_OR_RETURN(const float ms, Time(problem, candidates[i], x, w, out, stream));
-        if (ms < best_ms) best_ms = ms, best = i;
-      }
+      ASSIGN_OR_RETURN(best, Fastest(problem, candidates, asked, x, w, out, stream));
     }
     choices_[KeyOf(shape)] = {candidates[best], true};
     SaveChoices();
     return absl::OkStatus();
   }
 
-  absl::StatusOr<float> Time(const Problem& problem, const cublasLtMatmulAlgo_t& algorithm, const Bf16* x,
+  // The index of the fastest candidate. What `out` holds is kept aside meanwhile where the product adds to it.
+  absl::StatusOr<size_t> Fastest(const Problem& problem, const std::vector<cublasLtMatmulAlgo_t>& candidates,
+                                 const Shape& shape, const Bf16* x, const Bf16* w, void* out, cudaStream_t stream) {
+    const int64_t num_bytes = int64_t{shape.rows} * shape.outs * static_cast<int64_t>(sizeof(Bf16));
+    const auto copy = [&](void* to, const void* from) {
+      return ToStatus(cudaMemcpyAsync(to, from, static_cast<size_t>(num_bytes), cudaMemcpyDeviceToDevice, stream),
+                      "copy");
+    };
+    DeviceBuffer<unsigned char> kept;
+    if (shape.store == Store::kAdd) {
+      ASSIGN_OR_RETURN(kept, DeviceBuffer<unsigned char>::Allocate(num_bytes));
+      RETURN_IF_ERROR(copy(kept.data(), out));
+    }
+    size_t best = 0;
+    float best_ms = std::numeric_limits<float>::infinity();
+    for (size_t i = 0; i < candidates.size(); ++i) {
+      ASSIGN_OR_RETURN(const float ms, Time(problem, candidates[i], shape.store, x, w, out, stream));
+      if (ms < best_ms) best_ms = ms, best = i;
+    }
+    if (shape.store == Store::kAdd) {
+      RETURN_IF_ERROR(copy(out, kept.data()));
+      RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(stream), "stream"));  // before the copy goes
+    }
+    return best;
+  }
+
+  absl::StatusOr<float> Time(const Problem& problem, const cublasLtMatmulAlgo_t& algorithm, Store store, const Bf16* x,
                              const Bf16* w, void* out, cudaStream_t stream) {
     cudaEvent_t handles[2] = {};
     RETURN_IF_ERROR(ToStatus(cudaEventCreate(&handles[0]), "event"));
     const Event begin(handles[0]);
     RETURN_IF_ERROR(ToStatus(cudaEventCreate(&handles[1]), "event"));
     const Event end(handles[1]);
-    if (!Enqueue(problem, algorithm, x, w, out, stream).ok()) return std::numeric_limits<float>::infinity();
+    if (!Enqueue(problem, algorithm, store, x, w, out, stream).ok()) return std::numeric_limits<float>::infinity();
     RETURN_IF_ERROR(ToStatus(cudaEventRecord(begin.get(), stream), "record event"));
-    for (int run = 0; run < kTimedRuns; ++run) RETURN_IF_ERROR(Enqueue(problem, algorithm, x, w, out, stream));
+    for (int run = 0; run < kTimedRuns; ++run) RETURN_IF_ERROR(Enqueue(problem, algorithm, store, x, w, out, stream));
     RETURN_IF_ERROR(ToStatus(cudaEventRecord(end.get(), stream), "record event"));
     RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(end.get()), "wait for a timed product"));
     float ms = 0.0f;
@@ -270,11 +294,11 @@ class CublasLtMatMul final : public MatMul {
     while (std::getline(file, line)) {
       std::istringstream words(line);
       std::string fingerprint;
-      int rows = 0, outs = 0, depth = 0, type = 0;
+      int rows = 0, outs = 0, depth = 0, kind = 0;
       cublasLtMatmulAlgo_t algorithm = {};
-      words >> fingerprint >> rows >> outs >> depth >> type;
+      words >> fingerprint >> rows >> outs >> depth >> kind;
       for (auto& word : algorithm.data) words >> word;
-      if (words && fingerprint == fingerprint_) choices_[{rows, outs, depth, type}] = {algorithm, false};
+      if (words && fingerprint == fingerprint_) choices_[{rows, outs, depth, kind}] = {algorithm, false};
     }
   }
   // A reader sees the old file or the new one.

@@ -206,16 +206,36 @@ void CudaOps::Embed(const BatchView& batch, const WeightView& embedding, Matrix 
 void CudaOps::AddLayerNorm1p(Matrix residual, ConstMatrix delta, const WeightView& weight, const WeightView& bias,
                              float eps, Matrix out) {
   if (!status_.ok()) return;
-  CHECK(out.rows == residual.rows && out.cols == residual.cols);
+  CHECK(out.rows == residual.rows && out.cols == residual.cols && delta.data == nullptr);  // see MatMulToResidual
   CHECK(weight.dtype == DType::kF32 && bias.dtype == DType::kF32 && weight.size() == residual.cols);
-  Check(cuda::AddLayerNorm1p(residual.data, delta.data, static_cast<const float*>(weight.data),
-                             static_cast<const float*>(bias.data), eps, static_cast<int>(residual.rows),
-                             static_cast<int>(residual.cols), out.data, stream_.get()),
+  Check(LayerNorm1p(residual.data, static_cast<const float*>(weight.data), static_cast<const float*>(bias.data), eps,
+                    static_cast<int>(residual.rows), static_cast<int>(residual.cols), out.data, stream_.get()),
         "norm");
 }
 
-template <typename Output>
-void CudaOps::Multiply(ConstMatrix x, const WeightView& w, MatrixView<Output> out) {
+void CudaOps::Multiply(ConstMatrix x, const WeightView& w, Store store, Matrix out) {
+  if (!status_.ok()) return;
+  CHECK(x.cols == w.cols && out.cols == w.rows && out.rows == x.rows);
+  const int rows = static_cast<int>(x.rows), outs = static_cast<int>(w.rows), depth = static_cast<int>(w.cols);
+  if (!IsTiles(w.dtype)) {
+    CHECK(w.dtype == DType::kBf16);
+    Check(matmul_->Run(x.data, static_cast<const Bf16*>(w.data), rows, outs, depth, store, out.data, stream_.get()));
+    return;
+  }
+  Check(QuantizedMatMul(FormatOf(w.dtype), x.data, static_cast<const unsigned char*>(w.data), rows, outs, depth, store,
+                        out.data, stream_.get()),
+        "quantized product");
+}
+
+void CudaOps::MatMul(ConstMatrix x, const WeightView& w, Matrix out) { Multiply(x, w, Store::kReplace, out); }
+
+CudaOps::ConstMatrix CudaOps::MatMulToResidual(ConstMatrix x, const WeightView& w, Matrix residual, Matrix delta) {
+  CHECK(residual.rows == delta.rows && residual.cols == delta.cols);
+  Multiply(x, w, Store::kAdd, residual);
+  return {nullptr, delta.rows, delta.cols};
+}
+
+void CudaOps::MatMul(ConstMatrix x, const WeightView& w, MatrixView<float> out) {
   if (!status_.ok()) return;
   CHECK(x.cols == w.cols && out.cols == w.rows && out.rows == x.rows);
   const int rows = static_cast<int>(x.rows), outs = static_cast<int>(w.rows), depth = static_cast<int>(w.cols);
@@ -229,15 +249,12 @@ void CudaOps::Multiply(ConstMatrix x, const WeightView& w, MatrixView<Output> ou
         "quantized product");
 }
 
-void CudaOps::MatMul(ConstMatrix x, const WeightView& w, Matrix out) { Multiply(x, w, out); }
-void CudaOps::MatMul(ConstMatrix x, const WeightView& w, MatrixView<float> out) { Multiply(x, w, out); }
-
 void CudaOps::ProjectQkv(ConstMatrix x, const WeightView& wq, const WeightView& wk, const WeightView& wv, Matrix q,
                          Matrix k, Matrix v) {
   CHECK(DeviceWeights::Adjoin(wq, wk) && DeviceWeights::Adjoin(wk, wv));
   CHECK(k.data == q.data + q.rows * q.cols && v.data == k.data + k.rows * k.cols);
   const WeightView fused{wq.data, wq.dtype, wq.rows + wk.rows + wv.rows, wq.cols};
-  Multiply(x, fused, Matrix{q.data, q.rows, q.cols + k.cols + v.cols});
+  Multiply(x, fused, Store::kReplace, Matrix{q.data, q.rows, q.cols + k.cols + v.cols});
 }
 
 KvCacheView CudaOps::CacheOf(int layer) const {

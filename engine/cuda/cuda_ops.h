@@ -58,6 +58,8 @@ class CudaOps {
                       Matrix out);
   void MatMul(ConstMatrix x, const WeightView& w, Matrix out);
   void MatMul(ConstMatrix x, const WeightView& w, MatrixView<float> out);
+  // The product adds (beta = 1): nothing is left for the norm.
+  ConstMatrix MatMulToResidual(ConstMatrix x, const WeightView& w, Matrix residual, Matrix delta);
   // One product for all three: DeviceWeights keeps the matrices one behind the other. Row t of q, k and v lies at
   // t * (q.cols + k.cols + v.cols) of the outputs' memory.
   void ProjectQkv(ConstMatrix x, const WeightView& wq, const WeightView& wk, const WeightView& wv, Matrix q, Matrix k,
@@ -115,8 +117,7 @@ class CudaOps {
   template <typename T>
   DeviceBuffer<T> AllocateOrFail(int64_t count, const char* name);
 
-  template <typename Output>
-  void Multiply(ConstMatrix x, const WeightView& w, MatrixView<Output> out);
+  void Multiply(ConstMatrix x, const WeightView& w, Store store, Matrix out);
   // Keeps the first error.
   void Check(const absl::Status& status);
   void Check(cudaError_t error, const char* what);

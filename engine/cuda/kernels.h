@@ -16,12 +16,11 @@ namespace minitron::engine::cuda {
 cudaError_t CopyRows(const Bf16* table, const int32_t* rows, const int32_t* previous, int num_rows, int cols, Bf16* out,
                      cudaStream_t stream);
 
-// residual += delta (none when null), rounded to bf16; out = (residual - mean) / sqrt(var + eps) * (1 + weight) + bias.
-// weight, bias [cols] fp32. Statistics in fp32 over the rounded residual, two passes. out may alias delta.
+// out = (x - mean) / sqrt(var + eps) * (1 + weight) + bias.   weight, bias [cols] fp32; statistics in fp32, two passes
 // Requires: cols a multiple of 8, at most 24576 (the row is kept in shared memory).
 inline constexpr int kMaxNormCols = 24576;
-cudaError_t AddLayerNorm1p(Bf16* residual, const Bf16* delta, const float* weight, const float* bias, float eps,
-                           int num_rows, int cols, Bf16* out, cudaStream_t stream);
+cudaError_t LayerNorm1p(const Bf16* x, const float* weight, const float* bias, float eps, int num_rows, int cols,
+                        Bf16* out, cudaStream_t stream);
 
 // x = max(x, 0)^2 over `count` elements, a multiple of 8; NaN stays NaN.
 cudaError_t SquaredRelu(Bf16* x, int64_t count, cudaStream_t stream);
@@ -117,9 +116,12 @@ HOST_DEVICE constexpr int PrefillRows(int group_size) { return kPrefillColumns /
 cudaError_t PrefillAttention(const AttentionParams& params, const PrefillTile* tiles, int num_tiles,
                              cudaStream_t stream);
 
+// What a product does with what `out` holds: replaces it, or adds to it in fp32 and rounds once.
+enum class Store { kReplace, kAdd };
+
 // out = x * w^T, sums in fp32 in one order per output.   x [rows, depth], w [outs, depth], out [rows, outs]
 // The reference: correct for any shape and never fast.
-cudaError_t ReferenceMatMul(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Bf16* out,
+cudaError_t ReferenceMatMul(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Store store, Bf16* out,
                             cudaStream_t stream);
 cudaError_t ReferenceMatMul(const Bf16* x, const Bf16* w, int rows, int outs, int depth, float* out,
                             cudaStream_t stream);

@@ -8,9 +8,9 @@ namespace {
 
 class ReferenceMatMulImpl final : public MatMul {
  public:
-  absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Bf16* out,
+  absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Store store, Bf16* out,
                    cudaStream_t stream) override {
-    return ToStatus(ReferenceMatMul(x, w, rows, outs, depth, out, stream), "matmul");
+    return ToStatus(ReferenceMatMul(x, w, rows, outs, depth, store, out, stream), "matmul");
   }
   absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, float* out,
                    cudaStream_t stream) override {

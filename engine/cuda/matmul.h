@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/cuda/device.h"
+#include "engine/cuda/kernels.h"
 
 namespace minitron::engine::cuda {
 
@@ -14,10 +15,10 @@ namespace minitron::engine::cuda {
 class MatMul {
  public:
   virtual ~MatMul() = default;
-  // out = x * w^T, sums in fp32, enqueued on `stream`, which may be capturing.
+  // out = x * w^T, or out += x * w^T, sums in fp32, rounded once; enqueued on `stream`, which may be capturing.
   //   x [rows, depth], w [outs, depth], out [rows, outs]; device memory, 16-byte aligned
-  // Allocates nothing. Error: INTERNAL when the device or the library failed.
-  virtual absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Bf16* out,
+  // Once a shape has been seen it allocates nothing. Error: INTERNAL when the device or the library failed.
+  virtual absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Store store, Bf16* out,
                            cudaStream_t stream) = 0;
   virtual absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, float* out,
                            cudaStream_t stream) = 0;

@@ -26,8 +26,8 @@ struct StageLayout {
   static constexpr int kStages = kColumnTiles == 1 ? 6 : 4;
 };
 
-DEVICE void StoreOutput(float value, float* out) { *out = value; }
-DEVICE void StoreOutput(float value, Bf16* out) { *out = ToBf16(value); }
+DEVICE void StoreOutput(float value, bool, float* out) { *out = value; }
+DEVICE void StoreOutput(float value, bool add, Bf16* out) { *out = ToBf16(add ? value + ToFloat(*out) : value); }
 
 template <WeightFormat kFormat, int kColumnTiles>
 DEVICE void LoadStage(const Bf16* x, const unsigned char* tile, int first_row, int rows, int depth, int step,
@@ -121,7 +121,7 @@ DEVICE void MultiplyStage(const unsigned char* stage, float (&total)[kColumnTile
 
 template <WeightFormat kFormat, int kColumnTiles, typename Output>
 KERNEL(kMatMulThreads)
-QuantizedMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, Output* out) {
+QuantizedMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, bool add, Output* out) {
   using Layout = StageLayout<kFormat, kColumnTiles>;
   unsigned char* shared = SharedMemory();
   const int lane = Lane();
@@ -160,41 +160,41 @@ QuantizedMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int o
       const int row = first_row + 8 * n + lane % 4 * 2 + i % 2, in_tile = lane / 4 + i / 2 * 8;
       if (row >= rows || first_out + in_tile >= outs) continue;
       const float scale = Layout::kGroups > 0 ? 1.0f : ToFloat(row_scales[in_tile]);
-      StoreOutput(total[n][i] * scale, out + int64_t{row} * outs + first_out + in_tile);
+      StoreOutput(total[n][i] * scale, add, out + int64_t{row} * outs + first_out + in_tile);
     }
   }
 }
 
 template <WeightFormat kFormat, int kColumnTiles, typename Output>
-cudaError_t LaunchTiles(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, Output* out,
-                        cudaStream_t stream) {
+cudaError_t LaunchTiles(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, Store store,
+                        Output* out, cudaStream_t stream) {
   using Layout = StageLayout<kFormat, kColumnTiles>;
   const auto blocks = static_cast<unsigned>((NumTiles(outs) + kMatMulWarps - 1) / kMatMulWarps);
   const auto row_blocks = static_cast<unsigned>((rows + Layout::kColumns - 1) / Layout::kColumns);
   return Launch(&QuantizedMatMulKernel<kFormat, kColumnTiles, Output>, {blocks, row_blocks}, {kMatMulThreads},
-                Layout::kStages * Layout::kBytes, stream, x, tiles, rows, outs, depth, out);
+                Layout::kStages * Layout::kBytes, stream, x, tiles, rows, outs, depth, store == Store::kAdd, out);
 }
 
 template <WeightFormat kFormat, typename Output>
-cudaError_t LaunchFormat(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, Output* out,
-                         cudaStream_t stream) {
+cudaError_t LaunchFormat(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, Store store,
+                         Output* out, cudaStream_t stream) {
   const auto launch = rows <= 8    ? &LaunchTiles<kFormat, 1, Output>
                       : rows <= 32 ? &LaunchTiles<kFormat, 4, Output>
                                    : &LaunchTiles<kFormat, 8, Output>;
-  return launch(x, tiles, rows, outs, depth, out, stream);
+  return launch(x, tiles, rows, outs, depth, store, out, stream);
 }
 
 template <typename Output>
 cudaError_t LaunchMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth,
-                         Output* out, cudaStream_t stream) {
+                         Store store, Output* out, cudaStream_t stream) {
   if (depth % kDepthStep != 0) return cudaErrorInvalidValue;
   switch (format) {
     case WeightFormat::kInt8:
-      return LaunchFormat<WeightFormat::kInt8>(x, tiles, rows, outs, depth, out, stream);
+      return LaunchFormat<WeightFormat::kInt8>(x, tiles, rows, outs, depth, store, out, stream);
     case WeightFormat::kInt4:
-      return LaunchFormat<WeightFormat::kInt4>(x, tiles, rows, outs, depth, out, stream);
+      return LaunchFormat<WeightFormat::kInt4>(x, tiles, rows, outs, depth, store, out, stream);
     case WeightFormat::kE4m3:
-      return LaunchFormat<WeightFormat::kE4m3>(x, tiles, rows, outs, depth, out, stream);
+      return LaunchFormat<WeightFormat::kE4m3>(x, tiles, rows, outs, depth, store, out, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -202,12 +202,12 @@ cudaError_t LaunchMatMul(WeightFormat format, const Bf16* x, const unsigned char
 }  // namespace
 
 cudaError_t QuantizedMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs,
-                            int depth, Bf16* out, cudaStream_t stream) {
-  return LaunchMatMul(format, x, tiles, rows, outs, depth, out, stream);
+                            int depth, Store store, Bf16* out, cudaStream_t stream) {
+  return LaunchMatMul(format, x, tiles, rows, outs, depth, store, out, stream);
 }
 cudaError_t QuantizedMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs,
                             int depth, float* out, cudaStream_t stream) {
-  return LaunchMatMul(format, x, tiles, rows, outs, depth, out, stream);
+  return LaunchMatMul(format, x, tiles, rows, outs, depth, Store::kReplace, out, stream);
 }
 
 }  // namespace minitron::engine::cuda

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "engine/cuda/device.h"
+#include "engine/cuda/kernels.h"
 
 namespace minitron::engine::cuda {
 
@@ -33,10 +34,11 @@ HOST_DEVICE constexpr int64_t NumTiles(int64_t rows) { return (rows + kTileRows 
 // Quantizes one tile: `rows` rows (at most 16) of `depth` numbers each, into TileBytes of memory. Host only.
 void QuantizeTile(WeightFormat format, const float* weights, int rows, int depth, unsigned char* tile);
 
-// out = x * w^T, sums in fp32 in one order per output whatever the number of rows.   x [rows, depth], out [rows, outs]
+// out = x * w^T, or out += x * w^T, sums in fp32 in one order per output whatever the number of rows.
+//   x [rows, depth], out [rows, outs]
 // `tiles`: NumTiles(outs) tiles. Requires: depth a multiple of kDepthStep.
 cudaError_t QuantizedMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs,
-                            int depth, Bf16* out, cudaStream_t stream);
+                            int depth, Store store, Bf16* out, cudaStream_t stream);
 cudaError_t QuantizedMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs,
                             int depth, float* out, cudaStream_t stream);
 

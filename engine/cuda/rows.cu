@@ -47,8 +47,7 @@ DEVICE float BlockSum(float value, float* scratch) {
 
 // One block per row; the row stays in shared memory as fp32 between the passes.
 KERNEL(kRowThreads)
-LayerNormKernel(Bf16* residual, const Bf16* delta, const float* weight, const float* bias, float eps, int cols,
-                Bf16* out) {
+LayerNormKernel(const Bf16* in, const float* weight, const float* bias, float eps, int cols, Bf16* out) {
   float* scratch = reinterpret_cast<float*>(SharedMemory());
   float* row = scratch + 2 * kRowWarps;
   const int64_t offset = static_cast<int64_t>(BlockIndex().x) * cols;
@@ -56,16 +55,7 @@ LayerNormKernel(Bf16* residual, const Bf16* delta, const float* weight, const fl
   float sum = 0.0f;
   for (int i = first; i < cols; i += kRowThreads * 8) {
     float x[8];
-    Unpack(Load16(residual + offset + i), x);
-    if (delta != nullptr) {
-      float d[8];
-      Unpack(Load16(delta + offset + i), d);
-      UNROLL
-      for (int j = 0; j < 8; ++j) x[j] += d[j];
-      const Vector16 rounded = Pack(x);
-      Store16(residual + offset + i, rounded);
-      Unpack(rounded, x);
-    }
+    Unpack(Load16(in + offset + i), x);
     UNROLL
     for (int j = 0; j < 8; ++j) {
       row[i + j] = x[j];
@@ -207,12 +197,12 @@ cudaError_t CopyRows(const Bf16* table, const int32_t* rows, const int32_t* prev
                 cols, out);
 }
 
-cudaError_t AddLayerNorm1p(Bf16* residual, const Bf16* delta, const float* weight, const float* bias, float eps,
-                           int num_rows, int cols, Bf16* out, cudaStream_t stream) {
+cudaError_t LayerNorm1p(const Bf16* x, const float* weight, const float* bias, float eps, int num_rows, int cols,
+                        Bf16* out, cudaStream_t stream) {
   if (cols % 8 != 0 || cols > kMaxNormCols) return cudaErrorInvalidValue;
   const size_t shared_bytes = (static_cast<size_t>(cols) + 2 * kRowWarps) * sizeof(float);
-  return Launch(&LayerNormKernel, {static_cast<unsigned>(num_rows)}, {kRowThreads}, shared_bytes, stream, residual,
-                delta, weight, bias, eps, cols, out);
+  return Launch(&LayerNormKernel, {static_cast<unsigned>(num_rows)}, {kRowThreads}, shared_bytes, stream, x, weight,
+                bias, eps, cols, out);
 }
 
 cudaError_t SquaredRelu(Bf16* x, int64_t count, cudaStream_t stream) {

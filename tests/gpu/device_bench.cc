@@ -154,7 +154,7 @@ class Bench {
 
 // --- Products. ---
 
-void TimeMatMul(Bench& bench, const std::string& name, int outs, int depth) {
+void TimeMatMul(Bench& bench, const std::string& name, int outs, int depth, Store store) {
   const int64_t bytes = int64_t{2} * outs * depth;
   const int copies = bench.Copies(bytes);
   const auto weights = bench.MakeBf16(int64_t{outs} * depth * copies);
@@ -168,10 +168,12 @@ void TimeMatMul(Bench& bench, const std::string& name, int outs, int depth) {
     for (auto rows = bench.shapes.batches.rbegin(); rows != bench.shapes.batches.rend(); ++rows) {
       const double seconds = bench.Time([&](int i, cudaStream_t stream) {
         const Bf16* w = weights.data() + int64_t{outs} * depth * (i % copies);
-        return matmul.Run(x.data(), w, *rows, outs, depth, out.data(), stream).ok() ? cudaSuccess : cudaErrorUnknown;
+        const absl::Status status = matmul.Run(x.data(), w, *rows, outs, depth, store, out.data(), stream);
+        return status.ok() ? cudaSuccess : cudaErrorUnknown;
       });
       bench.Print(name + (invariant ? " bf16" : " bf16, free choice"), *rows, 0, seconds,
-                  static_cast<double>(bytes) + 2.0 * *rows * (outs + depth), 2.0 * *rows * outs * depth);
+                  static_cast<double>(bytes) + 2.0 * *rows * ((store == Store::kAdd ? 2 : 1) * outs + depth),
+                  2.0 * *rows * outs * depth);
     }
   }
 }
@@ -187,8 +189,8 @@ void TimeQuantized(Bench& bench, const std::string& name, int outs, int depth) {
     auto out = Must(DeviceBuffer<Bf16>::Allocate(int64_t{most} * outs));
     for (const int rows : bench.shapes.batches) {
       const double seconds = bench.Time([&, format = format](int i, cudaStream_t stream) {
-        return QuantizedMatMul(format, x.data(), tiles.data() + bytes * (i % copies), rows, outs, depth, out.data(),
-                               stream);
+        return QuantizedMatMul(format, x.data(), tiles.data() + bytes * (i % copies), rows, outs, depth,
+                               Store::kReplace, out.data(), stream);
       });
       bench.Print(name + " " + format_name, rows, 0, seconds, static_cast<double>(bytes) + 2.0 * rows * (outs + depth),
                   2.0 * rows * outs * depth);
@@ -297,10 +299,9 @@ void TimeRows(Bench& bench) {
   const auto ones = bench.Make<float>(s.hidden, [](int64_t) { return 0.1f; });
   for (const int rows : s.batches) {
     const double norm = bench.Time([&](int, cudaStream_t stream) {
-      return AddLayerNorm1p(residual.data(), out.data(), ones.data(), ones.data(), 1e-5f, rows, s.hidden, out.data(),
-                            stream);
+      return LayerNorm1p(residual.data(), ones.data(), ones.data(), 1e-5f, rows, s.hidden, out.data(), stream);
     });
-    bench.Print("norm", rows, 0, norm, 8.0 * rows * s.hidden, 0.0);
+    bench.Print("norm", rows, 0, norm, 4.0 * rows * s.hidden, 0.0);
     const double activation =
         bench.Time([&](int, cudaStream_t stream) { return SquaredRelu(x.data(), int64_t{rows} * s.inner, stream); });
     bench.Print("squared relu", rows, 0, activation, 4.0 * rows * s.inner, 0.0);
@@ -329,7 +330,8 @@ int Ceilings(bool tiny) {
   const auto x = bench.MakeBf16(int64_t{n} * n), w = bench.MakeBf16(int64_t{n} * n);
   auto out = Must(DeviceBuffer<Bf16>::Allocate(int64_t{n} * n));
   const double product = bench.Time([&](int, cudaStream_t stream) {
-    return bench.matmul->Run(x.data(), w.data(), n, n, n, out.data(), stream).ok() ? cudaSuccess : cudaErrorUnknown;
+    return bench.matmul->Run(x.data(), w.data(), n, n, n, Store::kReplace, out.data(), stream).ok() ? cudaSuccess
+                                                                                                    : cudaErrorUnknown;
   });
   std::printf("{\"kind\": \"ceiling\", \"name\": \"bf16 GEMM\", \"tflops\": %.3f}\n", 2e-12 * n * n * n / product);
   return 0;
@@ -338,11 +340,11 @@ int Ceilings(bool tiny) {
 int Roofline(bool tiny) {
   Bench bench(tiny);
   const Shapes& s = bench.shapes;
-  TimeMatMul(bench, "qkv", s.query_width() + 2 * s.kv_heads * s.head_dim, s.hidden);
-  TimeMatMul(bench, "o", s.hidden, s.query_width());
-  TimeMatMul(bench, "fc1", s.inner, s.hidden);
-  TimeMatMul(bench, "fc2", s.hidden, s.inner);
-  TimeMatMul(bench, "head", s.vocab, s.hidden);
+  TimeMatMul(bench, "qkv", s.query_width() + 2 * s.kv_heads * s.head_dim, s.hidden, Store::kReplace);
+  TimeMatMul(bench, "o", s.hidden, s.query_width(), Store::kAdd);  // to the residual, as fc2
+  TimeMatMul(bench, "fc1", s.inner, s.hidden, Store::kReplace);
+  TimeMatMul(bench, "fc2", s.hidden, s.inner, Store::kAdd);
+  TimeMatMul(bench, "head", s.vocab, s.hidden, Store::kReplace);
   TimeQuantized(bench, "o", s.hidden, s.query_width());
   TimeQuantized(bench, "fc1", s.inner, s.hidden);
   TimeQuantized(bench, "fc2", s.hidden, s.inner);

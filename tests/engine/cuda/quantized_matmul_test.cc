@@ -43,7 +43,21 @@ struct Matrix {
     const int rows = static_cast<int>(x.size()) / depth;
     const DeviceArray<Bf16> device_x(x);
     DeviceArray<Output> out(int64_t{rows} * outs);
-    EXPECT_EQ(QuantizedMatMul(format, device_x.data(), tiles->data(), rows, outs, depth, out.data(), TestStream()),
+    cudaError_t error = cudaSuccess;
+    if constexpr (std::is_same_v<Output, float>) {
+      error = QuantizedMatMul(format, device_x.data(), tiles->data(), rows, outs, depth, out.data(), TestStream());
+    } else {
+      error = QuantizedMatMul(format, device_x.data(), tiles->data(), rows, outs, depth, Store::kReplace, out.data(),
+                              TestStream());
+    }
+    EXPECT_EQ(error, cudaSuccess);
+    return out.Get();
+  }
+  std::vector<Bf16> AddProduct(const std::vector<Bf16>& x, const std::vector<Bf16>& to) const {
+    const DeviceArray<Bf16> device_x(x);
+    DeviceArray<Bf16> out(to);
+    EXPECT_EQ(QuantizedMatMul(format, device_x.data(), tiles->data(), static_cast<int>(x.size()) / depth, outs, depth,
+                              Store::kAdd, out.data(), TestStream()),
               cudaSuccess);
     return out.Get();
   }
@@ -99,9 +113,11 @@ TEST(QuantizedMatMulTest, ProductsEqualDoubleReferenceOfWhatTilesHold) {
       const std::vector<float> held = matrix.Held();
       std::mt19937_64 random(rows);
       const std::vector<Bf16> x = RandomBf16(random, int64_t{rows} * depth);
+      const std::vector<Bf16> before = RandomBf16(random, int64_t{rows} * outs, 0.5f);
       ForEachOrder([&, outs = outs, depth = depth, rows = rows] {
         const std::vector<float> out = matrix.Multiply<float>(x);
         const std::vector<Bf16> narrow = matrix.Multiply<Bf16>(x);
+        const std::vector<Bf16> added = matrix.AddProduct(x, before);
         for (int r = 0; r < rows; ++r) {
           for (int o = 0; o < outs; ++o) {
             double sum = 0.0, magnitude = 0.0;
@@ -112,6 +128,7 @@ TEST(QuantizedMatMulTest, ProductsEqualDoubleReferenceOfWhatTilesHold) {
             }
             ASSERT_NEAR(out[r * outs + o], sum, 1e-6 * magnitude) << NameOf(format) << " row " << r << " output " << o;
             ASSERT_EQ(narrow[r * outs + o].bits, HostBf16(out[r * outs + o]).bits);
+            ASSERT_EQ(added[r * outs + o].bits, HostBf16(out[r * outs + o] + HostFloat(before[r * outs + o])).bits);
           }
         }
       });

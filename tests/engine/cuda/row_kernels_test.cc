@@ -35,23 +35,19 @@ TEST(RowKernelsTest, CopyRowsCopiesByIdAndByPreviousResult) {
   EXPECT_EQ(CopyRows(nullptr, nullptr, nullptr, 1, 12, nullptr, TestStream()), cudaErrorInvalidValue);
 }
 
-// residual, delta and norm parameters of `rows` rows; what the norm must give in double.
+// Norm parameters and what is normed; what the norm must give in double.
 struct NormCase {
-  std::vector<Bf16> residual, delta;
+  std::vector<Bf16> x;
   std::vector<float> weight, bias;
 };
 
-void CheckNorm(const NormCase& c, bool with_delta, int rows, int cols, const std::vector<Bf16>& residual,
-               const std::vector<Bf16>& out) {
+void CheckNorm(const NormCase& c, int rows, int cols, const std::vector<Bf16>& out) {
   for (int r = 0; r < rows; ++r) {
     std::vector<double> x(cols);
     double mean = 0.0, variance = 0.0;
     for (int i = 0; i < cols; ++i) {
-      float sum = HostFloat(c.residual[r * cols + i]);
-      if (with_delta) sum = HostFloat(HostBf16(sum + HostFloat(c.delta[r * cols + i])));
-      ASSERT_EQ(HostFloat(residual[r * cols + i]), sum) << "the residual is the rounded sum";
-      x[i] = sum;
-      mean += sum / cols;
+      x[i] = HostFloat(c.x[r * cols + i]);
+      mean += x[i] / cols;
     }
     for (const double value : x) variance += (value - mean) * (value - mean) / cols;
     for (int i = 0; i < cols; ++i) {
@@ -64,27 +60,24 @@ void CheckNorm(const NormCase& c, bool with_delta, int rows, int cols, const std
   }
 }
 
-TEST(RowKernelsTest, AddLayerNorm1pEqualsDoubleReference) {
+TEST(RowKernelsTest, LayerNorm1pEqualsDoubleReference) {
   ForEachOrder([] {
     for (const int cols : {8, 192, 2040, 2048, 2056, 4096}) {
-      for (const bool with_delta : {false, true}) {
-        std::mt19937_64 random(cols);
-        std::normal_distribution<float> normal;
-        constexpr int kRows = 2;
-        NormCase c{RandomBf16(random, kRows * cols, 3.0f), RandomBf16(random, kRows * cols), {}, {}};
-        for (int i = 0; i < cols; ++i) {
-          c.weight.push_back(0.3f * normal(random));
-          c.bias.push_back(0.3f * normal(random));
-          c.residual[cols + i] = HostBf16(HostFloat(c.residual[cols + i]) + 50.0f);  // a mean to cancel
-        }
-        DeviceArray<Bf16> residual(c.residual), delta(c.delta);
-        const DeviceArray<float> weight(c.weight), bias(c.bias);
-        ASSERT_EQ(AddLayerNorm1p(residual.data(), with_delta ? delta.data() : nullptr, weight.data(), bias.data(),
-                                 1e-5f, kRows, cols, delta.data(), TestStream()),
-                  cudaSuccess);
-        CheckNorm(c, with_delta, kRows, cols, residual.Get(),
-                  delta.Get());  // out aliases delta, as the contract allows
+      std::mt19937_64 random(cols);
+      std::normal_distribution<float> normal;
+      constexpr int kRows = 2;
+      NormCase c{RandomBf16(random, kRows * cols, 3.0f), {}, {}};
+      for (int i = 0; i < cols; ++i) {
+        c.weight.push_back(0.3f * normal(random));
+        c.bias.push_back(0.3f * normal(random));
+        c.x[cols + i] = HostBf16(HostFloat(c.x[cols + i]) + 50.0f);  // a mean to cancel
       }
+      const DeviceArray<Bf16> x(c.x);
+      DeviceArray<Bf16> out(kRows * cols);
+      const DeviceArray<float> weight(c.weight), bias(c.bias);
+      ASSERT_EQ(LayerNorm1p(x.data(), weight.data(), bias.data(), 1e-5f, kRows, cols, out.data(), TestStream()),
+                cudaSuccess);
+      CheckNorm(c, kRows, cols, out.Get());
     }
   });
 }
@@ -95,11 +88,11 @@ TEST(RowKernelsTest, LayerNormRowsHaveTheSameBitsInAnyBatch) {
   const std::vector<Bf16> rows = RandomBf16(random, kRows * kCols);
   const DeviceArray<float> zeros(std::vector<float>(kCols, 0.0f));
   DeviceArray<Bf16> together(rows), out(kRows * kCols);
-  AddLayerNorm1p(together.data(), nullptr, zeros.data(), zeros.data(), 1e-5f, kRows, kCols, out.data(), TestStream());
+  LayerNorm1p(together.data(), zeros.data(), zeros.data(), 1e-5f, kRows, kCols, out.data(), TestStream());
   const std::vector<Bf16> expected = out.Get();
   for (int r = 0; r < kRows; ++r) {
     DeviceArray<Bf16> alone(std::vector<Bf16>(rows.begin() + r * kCols, rows.begin() + (r + 1) * kCols)), one(kCols);
-    AddLayerNorm1p(alone.data(), nullptr, zeros.data(), zeros.data(), 1e-5f, 1, kCols, one.data(), TestStream());
+    LayerNorm1p(alone.data(), zeros.data(), zeros.data(), 1e-5f, 1, kCols, one.data(), TestStream());
     const std::vector<Bf16> result = one.Get();
     for (int i = 0; i < kCols; ++i) ASSERT_EQ(result[i].bits, expected[r * kCols + i].bits);
   }
@@ -293,15 +286,20 @@ TEST(RowKernelsTest, ReferenceMatMulEqualsDoubleReference) {
       constexpr int kRows = 3;
       std::mt19937_64 random(depth * 1000 + outs);
       const std::vector<Bf16> x = RandomBf16(random, kRows * depth), w = RandomBf16(random, outs * depth);
+      const std::vector<Bf16> before = RandomBf16(random, kRows * outs, 3.0f);
       const DeviceArray<Bf16> device_x(x), device_w(w);
       DeviceArray<float> out(kRows * outs);
-      DeviceArray<Bf16> narrow(kRows * outs);
+      DeviceArray<Bf16> narrow(kRows * outs), added(before);
       ASSERT_EQ(ReferenceMatMul(device_x.data(), device_w.data(), kRows, outs, depth, out.data(), TestStream()),
                 cudaSuccess);
-      ASSERT_EQ(ReferenceMatMul(device_x.data(), device_w.data(), kRows, outs, depth, narrow.data(), TestStream()),
+      ASSERT_EQ(ReferenceMatMul(device_x.data(), device_w.data(), kRows, outs, depth, Store::kReplace, narrow.data(),
+                                TestStream()),
+                cudaSuccess);
+      ASSERT_EQ(ReferenceMatMul(device_x.data(), device_w.data(), kRows, outs, depth, Store::kAdd, added.data(),
+                                TestStream()),
                 cudaSuccess);
       const std::vector<float> result = out.Get();
-      const std::vector<Bf16> rounded = narrow.Get();
+      const std::vector<Bf16> rounded = narrow.Get(), sums = added.Get();
       for (int r = 0; r < kRows; ++r) {
         for (int o = 0; o < outs; ++o) {
           double sum = 0.0, magnitude = 0.0;
@@ -312,6 +310,8 @@ TEST(RowKernelsTest, ReferenceMatMulEqualsDoubleReference) {
           }
           ASSERT_NEAR(result[r * outs + o], sum, 1e-6 * magnitude);
           ASSERT_EQ(rounded[r * outs + o].bits, HostBf16(result[r * outs + o]).bits);
+          ASSERT_EQ(sums[r * outs + o].bits, HostBf16(result[r * outs + o] + HostFloat(before[r * outs + o])).bits)
+              << "one rounding, of the sum";
         }
       }
     }

@@ -138,10 +138,15 @@ int Run(const ServerOptions& options) {
   // Never deleted: its HTTP library takes up to 2 s to notice that it shall stop. It answers to the end of the process.
   MetricsServer* const metrics_server = started->release();
 
-  // The model.
+  // The model. The tokenizer's pin is asked before weights are read for minutes, and again of the bytes that are
+  // parsed.
+  if (!options.tokenizer_sha256.empty()) {
+    auto pinned = ReadTokenizerFile(options.model, options.tokenizer_sha256);
+    if (!pinned.ok()) return Fail(kExitModel, pinned.status());
+  }
   auto runner = engine::CreateModelRunner(MakeEngineOptions(options));
   if (!runner.ok()) return Fail(kExitModel, runner.status());
-  auto tokenizer = Tokenizer::Load(options.model, (*runner)->model_info().vocab_size);
+  auto tokenizer = Tokenizer::Load(options.model, (*runner)->model_info().vocab_size, options.tokenizer_sha256);
   if (!tokenizer.ok()) return Fail(kExitModel, tokenizer.status());
   auto defaults = engine::LoadGenerationDefaults(options.model);
   if (!defaults.ok()) return Fail(kExitModel, defaults.status());

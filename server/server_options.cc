@@ -46,6 +46,7 @@ const std::vector<Flag>& Flags() {
   static const std::vector<Flag> kFlags = {
       Text("model", &O::model, "model folder; default: the model that ships with the server"),
       Text("served-model-name", &O::served_model_name, "name clients use; default: the folder's name"),
+      Text("tokenizer-sha256", &O::tokenizer_sha256, "SHA-256 that tokenizer.model must have; another one is refused"),
       Text("host", &O::host, "address to listen on, for gRPC and metrics"),
       Int("port", &O::port, 0, 65535, "gRPC port; 0 picks a free one"),
       Int("metrics-port", &O::metrics_port, 0, 65535, "HTTP port of /metrics; 0 picks a free one"),
@@ -256,6 +257,13 @@ absl::Status CheckTls(const ServerOptions& options) {
   return absl::OkStatus();
 }
 
+// Lower case alone, so that what a log shows can be compared by eye.
+absl::Status CheckDigest(const char* name, const std::string& value) {
+  const auto is_hex = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); };
+  if (value.empty() || (value.size() == 64 && std::all_of(value.begin(), value.end(), is_hex))) return absl::OkStatus();
+  return BadValue(absl::StrCat("--", name), value, "not 64 lower-case hex digits");
+}
+
 absl::Status CheckTogether(const ServerOptions& options) {
   if ((options.block_size & (options.block_size - 1)) != 0) {
     return BadValue("--block-size", absl::StrCat(options.block_size), "not a power of two in [8, 256]");
@@ -269,6 +277,7 @@ absl::Status CheckTogether(const ServerOptions& options) {
   RETURN_IF_ERROR(CheckOneOf("log-format", options.log_format, {"text", "json"}));
   RETURN_IF_ERROR(CheckOneOf("metrics-compat", options.metrics_compat, {"none", "vllm"}));
   RETURN_IF_ERROR(CheckOneOf("chat-template", options.chat_template, {"none", "nemotron-mini"}));
+  RETURN_IF_ERROR(CheckDigest("tokenizer-sha256", options.tokenizer_sha256));
   RETURN_IF_ERROR(CheckTls(options));
   if (options.max_step_tokens < options.max_num_sequences) {
     return BadValue("--max-step-tokens", absl::StrCat(options.max_step_tokens),

@@ -21,6 +21,7 @@ namespace minitron::server {
 
 struct ServerOptions {
   std::string model;              // folder
+  std::string tokenizer_sha256;   // 64 lower-case hex digits; empty: any tokenizer.model that passes its checks
   std::string served_model_name;  // empty: the folder's own name
   std::string host = "0.0.0.0";   // a container must listen on all addresses; choose 127.0.0.1 on a workstation
   int port = 50051;               // 0: any free one

@@ -1,4 +1,4 @@
-// Reading a small configuration file whole.
+// Reading a small file whole: configuration, certificates, a tokenizer.
 #pragma once
 
 #include <cstdint>

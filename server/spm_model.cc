@@ -2,10 +2,7 @@
 
 #include <sentencepiece_processor.h>
 
-#include <array>
 #include <exception>
-#include <filesystem>
-#include <fstream>
 #include <unordered_map>
 #include <utility>
 
@@ -113,29 +110,6 @@ std::unique_ptr<SpmModel> SpmModel::Parse(std::string_view data, std::string* er
   *error = impl->LoadProcessors();
   if (!error->empty()) return nullptr;
   return std::unique_ptr<SpmModel>(new SpmModel(std::move(impl)));
-}
-
-std::unique_ptr<SpmModel> SpmModel::Load(const std::string& path, std::string* error) {
-  std::error_code code;
-  if (!std::filesystem::is_regular_file(path, code)) {
-    *error = path + ": no such file, or not a regular file";
-    return nullptr;
-  }
-  std::ifstream file(path, std::ios::binary);
-  // One byte more than allowed is enough to refuse; the size on disk is not trusted.
-  std::string data;
-  std::array<char, 1 << 16> chunk;
-  while (file && data.size() <= kMaxSpmFileBytes) {
-    file.read(chunk.data(), chunk.size());
-    data.append(chunk.data(), static_cast<size_t>(file.gcount()));
-  }
-  if (!file.eof() && data.size() <= kMaxSpmFileBytes) {
-    *error = path + ": cannot be read";
-    return nullptr;
-  }
-  std::unique_ptr<SpmModel> model = Parse(data, error);
-  if (model == nullptr) *error = path + ": " + *error;
-  return model;
 }
 
 std::vector<int> SpmModel::Encode(std::string_view text, bool at_text_start) const {

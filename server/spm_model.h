@@ -26,11 +26,8 @@ class SpmModel {
     std::string normalizer;  // "identity", "nmt_nfkc", ...
   };
 
-  // Reads a tokenizer.model file: a regular file of at most 64 MiB, of any of the four model types (unigram, BPE, word,
-  // character), checked as ParseSpmProto says. On failure returns null and sets *error to one line naming the file and
-  // the cause.
-  static std::unique_ptr<SpmModel> Load(const std::string& path, std::string* error);
-  // The same from the file's bytes; *error has no path.
+  // Reads the bytes of a tokenizer.model file: at most 64 MiB, of any of the four model types (unigram, BPE, word,
+  // character), checked as ParseSpmProto says. On failure returns null and sets *error to one line with the cause.
   static std::unique_ptr<SpmModel> Parse(std::string_view data, std::string* error);
   ~SpmModel();
 

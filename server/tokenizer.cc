@@ -1,12 +1,18 @@
 #include "server/tokenizer.h"
 
+#include <openssl/sha.h>
+
 #include <filesystem>
 #include <functional>
 #include <set>
 
 #include "absl/status/status.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "engine/base/log.h"
+#include "engine/base/status_macros.h"
+#include "server/small_file.h"
+#include "server/spm_proto.h"
 #include "server/utf8.h"
 
 namespace minitron::server {
@@ -30,22 +36,33 @@ Tokenizer::Tokenizer(std::unique_ptr<SpmModel> spm, int vocab_size) : spm_(std::
   special_lengths_.assign(lengths.begin(), lengths.end());
 }
 
-absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Load(const std::string& model_dir, int vocab_size) {
-  const std::string path = (std::filesystem::path(model_dir) / "tokenizer.model").string();
-  std::error_code code;
-  if (!std::filesystem::exists(path, code)) return absl::NotFoundError(absl::StrCat(path, ": no such file"));
+absl::StatusOr<TokenizerFile> ReadTokenizerFile(const std::string& model_dir, const std::string& sha256) {
+  TokenizerFile file;
+  file.path = (std::filesystem::path(model_dir) / "tokenizer.model").string();
+  ASSIGN_OR_RETURN(file.bytes, ReadSmallFile(file.path, kMaxSpmFileBytes));
+  std::array<unsigned char, SHA256_DIGEST_LENGTH> digest;
+  SHA256(reinterpret_cast<const unsigned char*>(file.bytes.data()), file.bytes.size(), digest.data());
+  file.sha256 = absl::BytesToHexString({reinterpret_cast<const char*>(digest.data()), digest.size()});
+  if (sha256.empty() || sha256 == file.sha256) return file;
+  return absl::FailedPreconditionError(
+      absl::StrCat("--tokenizer-sha256=", sha256, ": ", file.path, " has ", file.sha256));
+}
+
+absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Load(const std::string& model_dir, int vocab_size,
+                                                           const std::string& sha256) {
+  ASSIGN_OR_RETURN(const TokenizerFile file, ReadTokenizerFile(model_dir, sha256));
   std::string error;
-  std::unique_ptr<SpmModel> spm = SpmModel::Load(path, &error);
-  if (spm == nullptr) return absl::InvalidArgumentError(error);
+  std::unique_ptr<SpmModel> spm = SpmModel::Parse(file.bytes, &error);
+  if (spm == nullptr) return absl::InvalidArgumentError(absl::StrCat(file.path, ": ", error));
   if (spm->vocab_size() > vocab_size) {
     return absl::InvalidArgumentError(
-        absl::StrCat(path, ": ", spm->vocab_size(), " pieces, but the model's vocabulary has ", vocab_size));
+        absl::StrCat(file.path, ": ", spm->vocab_size(), " pieces, but the model's vocabulary has ", vocab_size));
   }
   const SpmModel::Flags& flags = spm->flags();
   base::LogInfo(absl::StrCat("tokenizer loaded pieces=", spm->vocab_size(), " normalizer=", flags.normalizer,
                              " dummy_prefix=", OnOff(flags.add_dummy_prefix), " remove_extra_whitespaces=",
                              OnOff(flags.remove_extra_whitespaces), " byte_fallback=", OnOff(flags.byte_fallback),
-                             " bos=", spm->bos_id(), " eos=", spm->eos_id()));
+                             " bos=", spm->bos_id(), " eos=", spm->eos_id(), " sha256=", file.sha256));
   return std::unique_ptr<Tokenizer>(new Tokenizer(std::move(spm), vocab_size));
 }
 

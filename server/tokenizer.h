@@ -35,13 +35,26 @@ struct DecodeOptions {
   bool at_text_start = false;
 };
 
+// The bytes of `model_dir`/tokenizer.model and their SHA-256 in hex.
+struct TokenizerFile {
+  std::string path;
+  std::string bytes;
+  std::string sha256;
+};
+
+// Errors: NOT_FOUND; INVALID_ARGUMENT (no regular file, longer than 64 MiB); FAILED_PRECONDITION, naming the flag, when
+// `sha256` is not empty and not the file's.
+absl::StatusOr<TokenizerFile> ReadTokenizerFile(const std::string& model_dir, const std::string& sha256);
+
 // Immutable after Load; thread-safe.
 class Tokenizer {
  public:
-  // Loads `model_dir`/tokenizer.model and logs its flags.
-  // Errors: NOT_FOUND, INVALID_ARGUMENT (unreadable, not a BPE sentencepiece model, or more pieces than `vocab_size`,
-  // the model's).
-  static absl::StatusOr<std::unique_ptr<Tokenizer>> Load(const std::string& model_dir, int vocab_size);
+  // Loads `model_dir`/tokenizer.model and logs its flags and hash. With a `sha256` (64 lower-case hex digits) nothing
+  // looks at the bytes before they have it.
+  // Errors: as ReadTokenizerFile's; INVALID_ARGUMENT (no sentencepiece model that SpmModel takes, or more pieces than
+  // `vocab_size`, the model's).
+  static absl::StatusOr<std::unique_ptr<Tokenizer>> Load(const std::string& model_dir, int vocab_size,
+                                                         const std::string& sha256 = "");
 
   // `text` should be valid UTF-8; invalid bytes become U+FFFD each. At most n log n in the text; the caller bounds its
   // length.

@@ -2,6 +2,7 @@
 """The Helm chart, rendered by Helm's own library: the policy and the schemas of the kustomizations hold for it, it makes the
 same objects as they do, and its schema refuses bad values."""
 import copy
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,12 @@ from kustomize import ROOT, pod_spec
 from schemas_test import FOREIGN
 
 CHART = ROOT / "deploy/helm/minitron-server"
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 SUMS = "0" * 64 + "  model.safetensors\n"
 GPU = {"requests": {"cpu": "4", "memory": "24Gi"}, "limits": {"cpu": "8", "memory": "24Gi"}}
 # What of the kustomizations each set of values stands for.
@@ -32,6 +39,7 @@ VALUES = {
     "cpu+model-pvc": {"model": {"source": "pvc"}},
     "cpu+model-image": {"model": {"source": "image"}},
     "cpu+model-download": {"model": {"source": "download", "download": {"sha256sums": SUMS}}},
+    "cpu+tokenizer-pin": {"model": {"tokenizerSha256": sha256(ROOT / "deploy/models/minitron-tiny/tokenizer.model")}},
     "cpu+all": {"model": {"source": "pvc"}, "tls": {"secretName": "minitron-tls"}, "auth": {"secretName": "minitron-auth"}},
 }
 
@@ -148,6 +156,7 @@ class ChartTest(unittest.TestCase):
             "Max_Tokens": {"config": {"Max_Tokens": 3}},
             "max-num-sequences": {"config": {"max-num-sequences": [3]}},
             "source": {"model": {"source": "s3"}},
+            "tokenizerSha256": {"model": {"tokenizerSha256": "A" * 64}},
             "url": {"model": {"download": {"url": "http://models.example.com"}}},
             "sha256sums": {"model": {"source": "download"}},
             "memory": {"resources": {"limits": {"memory": "1G"}}},

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 
 #include "tests/integration/server_process.h"
 
@@ -18,6 +19,8 @@ namespace minitron::integration {
 namespace {
 
 using ::testing::HasSubstr;
+
+constexpr char kShippedTokenizer[] = "7f7151a24f7c8a1d2cb120dee3dec8150c7a35cf5ec37601412999606324153a";
 
 std::unique_ptr<v1::GenerationService::Stub> Connect(const ServerProcess& server) {
   return v1::GenerationService::NewStub(
@@ -210,6 +213,21 @@ TEST(ServerTest, ABrokenModelFileIsOneLineThatNamesItAndExitCode3) {
     EXPECT_THAT(error.substr(last_line), HasSubstr(broken));
     fs::remove_all(folder);
   }
+}
+
+TEST(ServerTest, ATokenizerWithAnotherHashIsOneLineAndExitCode3WhereverThePinComesFrom) {
+  const std::string pin(64, '0');
+  const std::string config = ::testing::TempDir() + "pin.json";
+  std::ofstream(config) << R"({"tokenizer-sha256": ")" << pin << R"("})";
+  for (const std::string& flag : {"--tokenizer-sha256=" + pin, "--config=" + config}) {
+    ServerProcess server({flag});
+    EXPECT_EQ(server.Wait(), 3) << flag;
+    EXPECT_EQ(LineCount(server.StandardError()), 1) << server.StandardError();
+    EXPECT_THAT(server.StandardError(), HasSubstr("--tokenizer-sha256=" + pin + ": "));
+    EXPECT_THAT(server.StandardError(), HasSubstr("tokenizer.model has " + std::string(kShippedTokenizer) + "\n"));
+  }
+  ServerProcess right({std::string("--tokenizer-sha256=") + kShippedTokenizer});
+  EXPECT_TRUE(right.WaitUntilReady()) << right.StandardError();
 }
 
 TEST(ServerTest, UnwritablePortFileIsOneLineAndExitCode2) {

@@ -99,6 +99,11 @@ TEST_F(LayersTest, WhatWasGivenIsDescribedWithItsSource) {
 TEST(ServerOptionsTest, OptionsThatNeedEachOtherAreCheckedTogether) {
   EXPECT_EQ(ErrorOf({"--tls-cert=a"}), "--tls-cert and --tls-key: one without the other");
   EXPECT_EQ(ErrorOf({"--tls-client-ca=a"}), "--tls-client-ca needs --tls-cert and --tls-key");
+  for (const std::string& digest : {std::string(63, 'a'), std::string(64, 'A'), std::string(63, 'a') + "g"}) {
+    EXPECT_EQ(ErrorOf({"--tokenizer-sha256=" + digest}),
+              "--tokenizer-sha256=" + digest + ": not 64 lower-case hex digits");
+  }
+  EXPECT_EQ(ErrorOf({"--tokenizer-sha256=" + std::string(64, 'a')}), "");
   EXPECT_EQ(ErrorOf({"--log-format=xml"}), "--log-format=xml: not one of text, json");
   EXPECT_EQ(ErrorOf({"--metrics-compat=tgi"}), "--metrics-compat=tgi: not one of none, vllm");
   EXPECT_EQ(ErrorOf({"--health-port=50051"}), "--health-port=50051: the same as another port");

@@ -166,9 +166,36 @@ TEST(TokenizerTest, GeneratedTextKeepsItsLeadingSpace) {
 
 TEST(TokenizerTest, LoadRefusesWhatIsMissingOrTooLarge) {
   EXPECT_EQ(Tokenizer::Load("/nowhere", 10).status().code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(std::string(Tokenizer::Load("/nowhere", 10).status().message()), HasSubstr("/nowhere/tokenizer.model"));
   const absl::Status status = Tokenizer::Load(MINITRON_SOURCE_DIR "/deploy/models/minitron-tiny", 2047).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(status.message()), HasSubstr("2048 pieces, but the model's vocabulary has 2047"));
+}
+
+TEST(TokenizerTest, LoadNamesTheFileAndTheCause) {
+  const std::filesystem::path dir = std::filesystem::path(testing::TempDir()) / "tokenizer_test_bad";
+  std::filesystem::remove_all(dir);
+  std::filesystem::create_directories(dir / "tokenizer.model");
+  EXPECT_THAT(std::string(Tokenizer::Load(dir.string(), 512).status().message()), HasSubstr("not a regular file"));
+  std::filesystem::remove(dir / "tokenizer.model");
+  std::ofstream(dir / "tokenizer.model") << "{\"no\": \"tokenizer\"}";
+  const absl::Status status = Tokenizer::Load(dir.string(), 512).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("tokenizer.model: not a sentencepiece model"));
+}
+
+TEST(TokenizerTest, APinIsComparedBeforeAnythingLooksAtTheBytes) {
+  const std::filesystem::path dir = std::filesystem::path(testing::TempDir()) / "tokenizer_test_pin";
+  std::filesystem::create_directories(dir);
+  std::ofstream(dir / "tokenizer.model") << "abc";  // FIPS 180-2, B.1
+  const std::string digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+  const std::string other(64, '0');
+  const absl::Status refused = Tokenizer::Load(dir.string(), 512, other).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(std::string(refused.message()),
+            "--tokenizer-sha256=" + other + ": " + (dir / "tokenizer.model").string() + " has " + digest);
+  const absl::Status parsed = Tokenizer::Load(dir.string(), 512, digest).status();
+  EXPECT_EQ(parsed.code(), absl::StatusCode::kInvalidArgument) << "the right bytes, but no tokenizer: " << parsed;
 }
 
 }  // namespace

@@ -3,10 +3,8 @@
 import os
 import pathlib
 import re
-import shutil
-import socket
+import ssl
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
@@ -19,62 +17,12 @@ import yaml
 sys.path.insert(0, os.path.dirname(__file__))
 from h2raw import (CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PING, PRIORITY, RST_STREAM, SETTINGS,
                    WINDOW_UPDATE, Connection, call_headers, frame, literal, message)
-from harness import ROOT, Server, ends_complete, field, generate_request, health, stream, wait_for
+from harness import Server, ends_complete, generate_request, health, stream, wait_for
+from proxies import EDGE, NAME, Envoy, Haproxy, RotatingHaproxy, free_port, make_certificate
 
 SOAK = bool(os.environ.get("SOAK"))
 MIB = 1 << 20
-EDGE = ROOT / "deploy/edge"
 GENERATE = "/minitron.v1.GenerationService/GenerateStream"
-HAPROXY = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/sbin:/bin")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Proxy:
-    """haproxy with the shipped file; only addresses, the certificate's place and the number of connections are changed."""
-
-    def __init__(self, *backend_ports, tls=False):
-        self.folder = tempfile.TemporaryDirectory(prefix="minitron_edge_")
-        folder = pathlib.Path(self.folder.name)
-        self.port = free_port()
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-                        "-subj", "/CN=edge.example", "-addext", "subjectAltName=DNS:edge.example", "-days", "2",
-                        "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True)
-        (folder / "both.pem").write_bytes((folder / "cert.pem").read_bytes() + (folder / "key.pem").read_bytes())
-        self.certificate = (folder / "cert.pem").read_bytes()
-        text = (EDGE / "haproxy.cfg").read_text()
-        text, binds = re.subn(r"bind :8443 ssl crt \S+ (.*)",
-                              rf"bind 127.0.0.1:{self.port} ssl crt {folder}/both.pem \1" if tls
-                              else f"bind 127.0.0.1:{self.port} proto h2", text)
-        text, servers = re.subn(r"( +server \w+ )127\.0\.0\.1:\d+\n", "", text)
-        assert (binds, servers) == (1, 2), "the file has one bind and two servers"
-        text = text.replace("maxconn 4000", "maxconn 400")  # this machine may not have the descriptors
-        text += "".join(f"    server s{i} 127.0.0.1:{port}\n" for i, port in enumerate(backend_ports))
-        (folder / "haproxy.cfg").write_text(text)
-        self.log = open(folder / "log", "w+")
-        self.process = subprocess.Popen([HAPROXY, "-db", "-f", folder / "haproxy.cfg"], stdout=self.log, stderr=self.log)
-        wait_for("haproxy", self._listens)
-
-    def _listens(self):
-        assert self.process.poll() is None, pathlib.Path(self.log.name).read_text()
-        try:
-            socket.create_connection(("127.0.0.1", self.port)).close()
-            return True
-        except OSError:
-            return False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
-        self.folder.cleanup()
 
 
 def code_of(channel, path, request=b"", metadata=()):
@@ -86,11 +34,15 @@ def code_of(channel, path, request=b"", metadata=()):
 
 
 class EdgeTest(unittest.TestCase):
+    proxy_class = Haproxy
+    # gRPC's readings of the proxy's HTTP status. The server alone would do the first two calls.
+    refusals = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNKNOWN)
+
     def setUp(self):
         self.server = Server()
         self.server.__enter__()
         self.addCleanup(self.server.__exit__)
-        self.proxy = Proxy(self.server.port)
+        self.proxy = self.proxy_class(self.server.port)
         self.addCleanup(self.proxy.__exit__)
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.proxy.port}")
         self.addCleanup(self.channel.close)
@@ -106,7 +58,7 @@ class EdgeTest(unittest.TestCase):
     def test_only_the_services_of_users_get_through(self):
         for path in ("/minitron.v1.AdminService/Drain", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
                      "/grpc.channelz.v1.Channelz/GetServers", "/nobody.Knows/It", "/metrics"):
-            self.assertIn(code_of(self.channel, path), (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNKNOWN), path)
+            self.assertIn(code_of(self.channel, path), self.refusals, path)
         self.assertIs(code_of(self.channel, "/minitron.v1.ModelService/ListModels"), grpc.StatusCode.OK)
         self.assertIs(code_of(self.channel, "/grpc.health.v1.Health/Check"), grpc.StatusCode.OK)
 
@@ -165,17 +117,25 @@ class EdgeTest(unittest.TestCase):
         first = next(call)
         with Connection(self.proxy.port) as connection:
             connection.call(1, "/grpc.health.v1.Health/Check", message(b""), [("evil-bin", "!!! no base64 !!!")])
-            self.assertEqual(connection.status(1), 0, "the header is gone, the call is served")
+            serving = message(b"\x08\x01")
+            self.assertEqual(connection.answer(1), serving, "the header is gone, the call is served")
             connection.call(3, "/grpc.health.v1.Health/Check", message(b""))
-            self.assertEqual(connection.status(3), 0, "and so is the next one")
+            self.assertEqual(connection.answer(3), serving, "and so is the next one")
         self.assertTrue(ends_complete([first, *call]))
 
     def test_tls_for_strangers(self):
-        with Proxy(self.server.port, tls=True) as proxy:
+        with self.proxy_class(self.server.port, tls=True) as proxy:
             credentials = grpc.ssl_channel_credentials(proxy.certificate)
-            options = [("grpc.ssl_target_name_override", "edge.example")]
+            options = [("grpc.ssl_target_name_override", NAME)]
             with grpc.secure_channel(f"127.0.0.1:{proxy.port}", credentials, options) as channel:
                 wait_for("a call", lambda: code_of(channel, GENERATE, generate_request()) is grpc.StatusCode.OK)
+
+
+class EnvoyEdgeTest(EdgeTest):
+    """The same attacks, the same limits."""
+
+    proxy_class = Envoy
+    refusals = (grpc.StatusCode.UNIMPLEMENTED,)  # no route
 
 
 class RollingRestartTest(unittest.TestCase):
@@ -184,7 +144,7 @@ class RollingRestartTest(unittest.TestCase):
         flags = ("--drain-delay=1.2", "--drain-timeout=20")
         servers = [Server(f"--port={port}", *flags).__enter__() for port in ports]
         self.addCleanup(lambda: [s.__exit__() for s in servers])
-        with Proxy(*ports) as proxy:
+        with Haproxy(*ports) as proxy:
             stop = threading.Event()
             ended, broken = [], []
 
@@ -219,6 +179,63 @@ class RollingRestartTest(unittest.TestCase):
             self.assertGreater(len(ended), 3 * restarts)
 
 
+def certificate_of(port):
+    """What a new connection is shown."""
+    return ssl.get_server_certificate(("127.0.0.1", port), timeout=20)
+
+
+class CertificateRotationTest(unittest.TestCase):
+    def test_no_stream_fails_while_the_edge_and_the_servers_get_new_certificates(self):
+        folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory(prefix="minitron_rotation_")))
+        roots = make_certificate(folder, "authority")
+        make_certificate(folder, "server", "authority")
+        flags = (f"--tls-cert={folder}/server.pem", f"--tls-key={folder}/server.key")
+        servers = [self.enterContext(Server(*flags)) for _ in range(2)]
+        proxy = self.enterContext(RotatingHaproxy(folder, *(server.port for server in servers)))
+        options = [("grpc.ssl_target_name_override", NAME), ("grpc.use_local_subchannel_pool", 1)]
+        stop = threading.Event()
+        ended, broken = [], []
+
+        def connect():
+            return grpc.secure_channel(f"127.0.0.1:{proxy.port}", grpc.ssl_channel_credentials(roots), options)
+
+        def load(streams_per_connection):
+            while not stop.is_set():
+                with connect() as channel:
+                    for _ in range(streams_per_connection):
+                        try:
+                            messages = list(stream(channel, generate_request(max_tokens=400)))
+                            (ended if ends_complete(messages) else broken).append(len(messages))
+                        except grpc.RpcError as error:
+                            broken.append(str(error.code()) + error.details())
+                        if stop.wait(0.05):
+                            return
+
+        proxy.rotate()  # from its self-signed pair to one of the authority
+        wait_for("the first pair", lambda: certificate_of(proxy.port) == (folder / "edge.pem").read_text())
+        # Handshakes meet rotations, and so do connections that stay.
+        threads = [threading.Thread(target=load, args=(n,)) for n in (1, 1, 1000)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(100 if SOAK else 2):
+                make_certificate(folder, "server", "authority")
+                proxy.rotate()
+                new = {port: (folder / f"{name}.pem").read_text() for port, name in
+                       ((proxy.port, "edge"), *((server.port, "server") for server in servers))}
+                for port, certificate in new.items():
+                    wait_for("the new pair", lambda: certificate_of(port) == certificate)
+                seen = len(ended) + len(broken)
+                wait_for("streams to end meanwhile", lambda: len(ended) + len(broken) > seen + 2)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        self.assertEqual(broken, [])
+        for server in servers:
+            self.assertEqual(server.metric("minitron_grpc_streams_active"), 0)
+
+
 class EnvoyFileTest(unittest.TestCase):
     def test_it_says_what_the_other_file_says(self):
         text = (EDGE / "envoy.yaml").read_text()
@@ -227,6 +244,9 @@ class EnvoyFileTest(unittest.TestCase):
         manager = config["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
         paths = [route["match"]["prefix"] for route in manager["route_config"]["virtual_hosts"][0]["routes"]]
         self.assertEqual(" ".join(paths), re.search(r"unless \{ path_beg (.*) \}", haproxy).group(1))
+        buckets = [descriptor["token_bucket"] for descriptor in manager["http_filters"][0]["typed_config"]["descriptors"]]
+        rate = int(re.search(r"sc0_http_req_rate gt (\d+)", haproxy).group(1))
+        self.assertEqual(buckets, [{"max_tokens": rate, "tokens_per_fill": rate, "fill_interval": "10s"}])
         self.assertEqual(manager["request_headers_timeout"], re.search(r"timeout http-request (\S+)", haproxy).group(1))
         self.assertEqual(str(manager["http2_protocol_options"]["max_concurrent_streams"]),
                          re.search(r"h2.max-concurrent-streams (\d+)", haproxy).group(1))

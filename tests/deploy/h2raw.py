@@ -112,21 +112,32 @@ class Connection:
 
     def status(self, stream):
         """The gRPC status of a call, waiting for its end; -1 when the stream or the connection is reset instead."""
+        for kind, payload in self.frames_of(stream):
+            if kind == HEADERS and b"grpc-status" in payload:
+                # gRPC writes it as a literal: length of the value, then the digits.
+                rest = payload.partition(b"grpc-status")[2]
+                return int(rest[1:1 + rest[0]])
+        return -1
+
+    def answer(self, stream):
+        """The first message of a call, with its head; None when the stream or the connection is reset instead."""
+        return next((payload for kind, payload in self.frames_of(stream) if kind == DATA), None)
+
+    def frames_of(self, stream):
+        """(kind, payload) of the frames of a stream, until it or the connection is reset."""
         while True:
             got = self.read_frame()
             if got is None:
-                return -1
+                return
             kind, flags, number, payload = got
             if kind == SETTINGS and not flags & ACK:
                 self.send(frame(SETTINGS, ACK))
             if kind == PING and not flags & ACK:
                 self.send(frame(PING, ACK, payload=payload))
             if number == stream and kind == RST_STREAM:
-                return -1
-            if number == stream and kind == HEADERS and b"grpc-status" in payload:
-                # gRPC writes it as a literal: length of the value, then the digits.
-                rest = payload.partition(b"grpc-status")[2]
-                return int(rest[1:1 + rest[0]])
+                return
+            if number == stream:
+                yield kind, payload
 
     def is_ended(self, seconds=20):
         """Whether the other side ends the connection within the time."""

@@ -20,7 +20,7 @@ SERVICES = {"liveness", "minitron.v1.GenerationService", "minitron.v1.ModelServi
 
 def flags():
     text = subprocess.run([SERVER, "--help"], capture_output=True, text=True, check=True).stdout
-    return dict(re.findall(r"^  --([a-z-]+)=?(\S*)", text, re.M))
+    return dict(re.findall(r"^  --([a-z0-9-]+)=?(\S*)", text, re.M))
 
 
 def find(documents, kind, name=None):

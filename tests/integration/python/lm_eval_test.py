@@ -11,7 +11,6 @@ os.environ["HF_HOME"] = cache.name
 os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
 import lm_eval  # noqa: E402
-import lm_eval.models.openai_completions  # noqa: E402, F401  (registers the model)
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -24,13 +23,6 @@ TASKS = pathlib.Path(__file__).resolve().parent / "lm_eval_tasks"
 TOLERANCE = 1e-4
 
 
-def http_model(server, **options):
-    arguments = {"model": MODEL, "base_url": f"http://127.0.0.1:{server.ports['http']}/v1/completions",
-                 "tokenizer_backend": "remote", "max_length": 1024, "max_retries": 1, **options}
-    return get_model("local-completions").create_from_arg_string(
-        ",".join(f"{key}={value}" for key, value in arguments.items()))
-
-
 class LmEvalTest(server_fixture.ServerTestCase):
 
     flags = ("--http-port", "0")
@@ -40,7 +32,10 @@ class LmEvalTest(server_fixture.ServerTestCase):
         self.documents = [json.loads(line) for line in (TASKS / "tiny_choice.jsonl").read_text().splitlines()]
 
     def model(self, **options):
-        return http_model(self.server, **options)
+        arguments = {"model": MODEL, "base_url": f"http://127.0.0.1:{self.server.ports['http']}/v1/completions",
+                     "tokenizer_backend": "remote", "max_length": 1024, "max_retries": 1, **options}
+        return get_model("local-completions").create_from_arg_string(
+            ",".join(f"{key}={value}" for key, value in arguments.items()))
 
     def score(self, context, target):
         request = self.native.message("minitron.v1.ScoreRequest")()

@@ -4,7 +4,7 @@
 #
 # Usage: deploy/install-deps.sh [build] [test] [clients] [image] [browser] [lint] [golden]     (default: build)
 #   build   compilers and libraries for the server and the clients
-#   test    GoogleTest, Google Benchmark, Prometheus and promtool, Python with gRPC and YAML
+#   test    GoogleTest, Google Benchmark, Prometheus, promtool and HAProxy (in build/tools), Python with gRPC and YAML
 #   clients the foreign clients of the integration tests, from PyPI, and clients/python, into build/venv
 #   image   buildah and debootstrap, to build the image without a registry
 #   browser Chromium and its driver from PyPI (build/venv-browser), to test the page as a person sees it
@@ -13,14 +13,14 @@
 set -euo pipefail
 
 top=$(cd "$(dirname "$0")/.." && pwd)
-tools=$top/build/tools # promtool and prometheus land here
+tools=$top/build/tools # promtool, prometheus and haproxy land here
 
 build_packages=(
   build-essential cmake ninja-build pkg-config ccache git ca-certificates
   libgrpc++-dev libgrpc-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
   prometheus-cpp-dev libcivetweb-dev libcurl4-openssl-dev zlib1g-dev libhwy-dev nlohmann-json3-dev libsentencepiece-dev
 )
-test_packages=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf python3-yaml curl binutils haproxy openssl)
+test_packages=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf python3-yaml curl binutils openssl)
 clients_packages=(python3 python3-venv)
 image_packages=(buildah debootstrap crun)
 browser_packages=(chromium fonts-dejavu-core python3 python3-venv)
@@ -28,12 +28,12 @@ lint_packages=(clang-format clang-tidy)
 golden_packages=(python3 python3-venv python3-torch)
 
 packages=()
-want_prometheus=no
+want_services=no
 venvs=()
 for group in "${@:-build}"; do
   case $group in
     build) packages+=("${build_packages[@]}") ;;
-    test) packages+=("${test_packages[@]}") want_prometheus=yes ;;
+    test) packages+=("${test_packages[@]}") want_services=yes ;;
     clients) packages+=("${clients_packages[@]}") venvs+=(clients) ;;
     image) packages+=("${image_packages[@]}") ;;
     browser) packages+=("${browser_packages[@]}") venvs+=(browser) ;;
@@ -66,25 +66,42 @@ command -v apt-get >/dev/null || {
   exit 1
 }
 
-missing=()
-for package in "${packages[@]}"; do
-  [ "$(dpkg-query -W -f='${db:Status-Abbrev}' "$package" 2>/dev/null)" = "ii " ] || missing+=("$package")
-done
-if [ ${#missing[@]} -gt 0 ]; then
+install_packages() {
+  local package
+  missing=()
+  for package in "$@"; do
+    [ "$(dpkg-query -W -f='${db:Status-Abbrev}' "$package" 2>/dev/null)" = "ii " ] || missing+=("$package")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
   echo "install-deps: installing ${missing[*]}"
   update_once
   as_root apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 "${missing[@]}" >/dev/null
-fi
+}
 
-# The prometheus package would also start a Prometheus service: take its two binaries.
-if [ $want_prometheus = yes ] && { [ ! -x "$tools/promtool" ] || [ ! -x "$tools/prometheus" ]; }; then
-  echo "install-deps: fetching prometheus and promtool"
+# Programs of packages that would also start a service on this machine and enable it for ever: the programs alone, and the
+# libraries that they lack.
+fetch_programs() { # PACKAGE PATH...
+  local package=$1 unpack path there=yes
+  shift
+  for path in "$@"; do [ -x "$tools/$(basename "$path")" ] || there=no; done
+  [ $there = no ] || return 0
+  echo "install-deps: fetching $* of $package"
   update_once
   mkdir -p "$tools"
   unpack=$(mktemp -d)
-  trap 'rm -rf "$unpack"' EXIT
-  (cd "$unpack" && apt-get download -qq prometheus 2>/dev/null && dpkg-deb -x prometheus_*.deb .)
-  install -m 755 "$unpack/usr/bin/promtool" "$unpack/usr/bin/prometheus" "$tools/"
+  (cd "$unpack" && apt-get download -qq "$package" 2>/dev/null && dpkg-deb -x "$package"_*.deb .)
+  for path in "$@"; do install -m 755 "$unpack$path" "$tools/"; done
+  rm -rf "$unpack"
+  if ldd "${@/#*\//$tools/}" 2>&1 | grep -q 'not found'; then
+    mapfile -t libraries < <(apt-cache depends --important "$package" | sed -n 's/^  Depends: \(lib[^ ]*\)$/\1/p')
+    install_packages "${libraries[@]}"
+  fi
+}
+
+[ ${#packages[@]} -eq 0 ] || install_packages "${packages[@]}"
+if [ $want_services = yes ]; then
+  fetch_programs prometheus /usr/bin/promtool /usr/bin/prometheus
+  fetch_programs haproxy /usr/sbin/haproxy
 fi
 
 # Versions are pinned, and the mark keeps the file they came from: a second run does nothing.

@@ -1,6 +1,7 @@
 """The proxies of deploy/edge as children, run with the shipped files: only addresses, the place of the certificate and how
 many connections there may be are changed."""
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -46,7 +47,8 @@ class Proxy:
 
     end = signal.SIGKILL
 
-    def __init__(self, *backend_ports, tls=False):
+    def __init__(self, *backend_ports, tls=False, authority=None):
+        self.authority = authority
         self.temporary = tempfile.TemporaryDirectory(prefix="minitron_edge_")
         self.folder = pathlib.Path(self.temporary.name)
         self.port = free_port()
@@ -55,6 +57,13 @@ class Proxy:
         self.log = open(self.folder / "log", "w+")
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
         wait_for(command[0], self.listens)
+
+    def issue(self):
+        """A new pair, by the authority. The key comes last: who looks between the two finds a pair that does not match."""
+        self.certificate = make_certificate(self.authority, "edge", "authority")
+        for name in ("edge.pem", "edge.key"):
+            shutil.copy(self.authority / name, self.folder / f"{name}.new")
+            os.rename(self.folder / f"{name}.new", self.folder / name)
 
     def listens(self):
         assert self.process.poll() is None, pathlib.Path(self.log.name).read_text()
@@ -100,15 +109,14 @@ class Haproxy(Proxy):
 
 class RotatingHaproxy(Haproxy):
     """As systemd runs it: a master that a reload gives a new worker, while the old one ends what it has. Its servers have
-    TLS, too; `authority` (certificate and key: authority.pem, authority.key in that folder) signs for all."""
+    TLS, too; `authority` (authority.pem and authority.key in that folder) signs for all, server.pem and server.key there."""
 
     mode = ("-W",)
     end = signal.SIGTERM  # the master takes its workers along
 
     def __init__(self, authority, *backend_ports):
-        self.authority = authority
         self.settings = f"ssl verify required ca-file {authority}/authority.pem verifyhost {NAME} alpn h2 check-alpn h2"
-        super().__init__(*backend_ports, tls=True)
+        super().__init__(*backend_ports, tls=True, authority=authority)
 
     def num_loads(self):
         return (self.folder / "log").read_text().count("Loading success")
@@ -122,9 +130,7 @@ class RotatingHaproxy(Haproxy):
     def rotate(self):
         wait_for("haproxy's master to hear", self.hears)
         before = self.num_loads()
-        make_certificate(self.authority, "edge", "authority")
-        for name in ("edge.pem", "edge.key"):
-            shutil.copy(self.authority / name, self.folder / name)
+        self.issue()
         self.write_pair()
         self.process.send_signal(signal.SIGUSR2)
         wait_for("a reload", lambda: self.num_loads() > before)
@@ -132,10 +138,12 @@ class RotatingHaproxy(Haproxy):
 
 class Envoy(Proxy):
     def configure(self, backend_ports, tls):
-        text = (EDGE / "envoy.yaml").read_text()
+        secret = (EDGE / "envoy-tls.yaml").read_text()
         for there, here in (("tls.crt", "edge.pem"), ("tls.key", "edge.key")):
-            text, count = re.subn(rf"/etc/envoy/{there}", f"{self.folder}/{here}", text)
-            assert count == 1, there
+            secret = secret.replace(f"filename: /etc/envoy/{there}", f"filename: {self.folder}/{here}")
+        (self.folder / "tls.yaml").write_text(secret.replace("path: /etc/envoy}", f"path: {self.folder}}}"))
+        text, count = re.subn("/etc/envoy/tls.yaml", f"{self.folder}/tls.yaml", (EDGE / "envoy.yaml").read_text())
+        assert count == 1, "the file names its secret once"
         config = yaml.safe_load(text)
         listener, cluster = config["static_resources"]["listeners"][0], config["static_resources"]["clusters"][0]
         listener["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": self.port}
@@ -147,3 +155,12 @@ class Envoy(Proxy):
         (self.folder / "envoy.json").write_text(json.dumps(config))
         return [envoy_program(), "--config-path", self.folder / "envoy.json", "--concurrency", "1",
                 "--use-dynamic-base-id", "--log-level", "warning"]
+
+
+class RotatingEnvoy(Envoy):
+    """Its servers have no TLS."""
+
+    def __init__(self, authority, *backend_ports):
+        super().__init__(*backend_ports, tls=True, authority=authority)
+
+    rotate = Proxy.issue

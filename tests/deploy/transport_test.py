@@ -236,12 +236,55 @@ class StreamTest(unittest.TestCase):
                 wait_for("refusals", lambda: server.metric("minitron_admission_rejections_total", reason="queue_full") > count / 2)
                 finished = wait_for("all to end", lambda: server.metric("minitron_grpc_streams_active") == 0)
             self.assertTrue(finished)
-            many = [Connection(server.port) for _ in range(100)]
+            many = [Connection(server.port) for _ in range(300 if SOAK else 100)]
             for connection in many:
                 connection.call(1, GENERATE, body)
             statuses = {connection.status(1) for connection in many}
             self.assertLessEqual(statuses, {0, UNAVAILABLE})
             self.assertIn(UNAVAILABLE, statuses)
+
+
+if SOAK:  # nothing of these is left when they are short
+
+    class LongTest(unittest.TestCase):
+        def test_t9_a_client_that_falls_silent_is_let_go_by_keepalive(self):
+            with survivor(self) as server, Connection(server.port) as connection:
+                connection.call(1, GENERATE, message(generate_request(max_tokens=2)))
+                self.assertEqual(connection.status(1), 0)
+                start = time.monotonic()
+                self.assertTrue(connection.is_ended(120), "it answers no PING")
+                self.assertGreater(time.monotonic() - start, 50, "but was given its time")
+
+        def test_t11_clients_that_come_back_all_at_once(self):
+            def many():
+                resource.setrlimit(resource.RLIMIT_NOFILE, (8192, 8192))
+
+            many()
+            body = message(generate_request(max_tokens=2))
+            with survivor(self, max_growth=128 * MIB, preexec=many) as server:
+                for _ in range(5):
+                    connections = [Connection(server.port) for _ in range(2000)]
+                    for connection in connections:
+                        connection.call(1, GENERATE, body)
+                    statuses = [connection.status(1) for connection in connections]
+                    self.assertLessEqual(set(statuses), {0, UNAVAILABLE})
+                    self.assertGreater(statuses.count(0), 100)
+                    for connection in connections:
+                        connection.reset()
+
+        def test_t11_most_calls_are_cancelled_for_minutes(self):
+            body = message(generate_request(max_tokens=40))
+            with survivor(self, max_growth=32 * MIB) as server:
+                end, calls, finished = time.monotonic() + 120, 0, 0
+                while time.monotonic() < end:
+                    with Connection(server.port) as connection:
+                        for i in (1, 3, 5):
+                            connection.call(i, GENERATE, body)
+                        connection.send(b"".join(frame(RST_STREAM, 0, i, struct.pack(">I", 8)) for i in (1, 5)))
+                        finished += connection.status(3) == 0
+                        calls += 1
+                self.assertEqual(finished, calls, "who is not cancelled is served")
+                self.assertGreater(calls, 500)
 
 
 if __name__ == "__main__":

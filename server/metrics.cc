@@ -38,7 +38,7 @@ constexpr const char* kMethods[] = {
     "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer", "ModelStreamInfer",
     "ModelConfig", "ModelStatistics",
     // vllm.Inference, vllm.Control and vllm.grpc.engine.VllmEngine, besides names they share with the native API
-    "GetModelInfo", "Abort", "HealthCheck", "GetLoads"};
+    "GetModelInfo", "Abort", "HealthCheck", "GetLoads", "GetTokenizer"};
 constexpr const char* kHttpPaths[] = {"/",
                                       "/v1/models",
                                       "/v1/completions",

@@ -9,9 +9,11 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "scheduler/request.h"
 #include "server/audit_log.h"
 #include "server/auth.h"
+#include "server/compat/tokenizer_bundle.h"
 #include "server/metrics.h"
 #include "server/operator_metrics.h"
 #include "server/output_processor.h"
@@ -66,6 +68,8 @@ struct ServerContext {
   const AuthStore* auth = nullptr;              // null: everybody may call everything
   TenantGate* tenants = nullptr;
   AuditLog* audit = nullptr;
+  // What gateways get of the tokenizer, or why they get nothing.
+  absl::StatusOr<compat::TokenizerBundle> tokenizer_bundle = absl::FailedPreconditionError("no model was loaded");
   // The engine's doors; see EngineCore::Submit, CheckAdmission and Abort.
   std::function<absl::Status(scheduler::Request)> submit;
   std::function<absl::Status(const scheduler::Arrival&)> check_admission;

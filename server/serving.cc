@@ -156,6 +156,7 @@ Serving::Serving(const ServerOptions& options, const LoadedModel& model, Lifecyc
     context_.model.constraints = constraints_.get();
   }
   context_.limits = MakeLimits(options, *model.runner);
+  if (options.vllm_grpc) context_.tokenizer_bundle = compat::ReadTokenizerBundle(options.model);
   context_.max_request_timeout = ToDuration(options.max_request_timeout_s);
   Connect();
 }

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "server/compat/tokenizer_call.h"
 #include "server/compat/vllm_calls.h"
 #include "server/rpc_scope.h"
 #include "server/services.h"
@@ -162,6 +163,11 @@ grpc::ServerUnaryReactor* VllmEngine::GetLoads(grpc::CallbackServerContext* cont
     Describe(*server_, *response->add_loads());
     return absl::OkStatus();
   });
+}
+
+grpc::ServerWriteReactor<::smg::grpc::common::GetTokenizerChunk>* VllmEngine::GetTokenizer(
+    grpc::CallbackServerContext* context, const ::smg::grpc::common::GetTokenizerRequest*) {
+  return TokenizerCall::Start(server_, context);
 }
 
 }  // namespace minitron::server::compat

@@ -66,6 +66,8 @@ class VllmEngine final : public ::vllm::grpc::engine::VllmEngine::CallbackServic
   grpc::ServerUnaryReactor* GetLoads(grpc::CallbackServerContext* context,
                                      const ::vllm::grpc::engine::GetLoadsRequest* request,
                                      ::vllm::grpc::engine::GetLoadsResponse* response) override;
+  grpc::ServerWriteReactor<::smg::grpc::common::GetTokenizerChunk>* GetTokenizer(
+      grpc::CallbackServerContext* context, const ::smg::grpc::common::GetTokenizerRequest* request) override;
 
  private:
   ServerContext* server_;  // owned by main

@@ -1,11 +1,15 @@
 """vLLM's gRPC protocols against the real server: the engine protocol with the stubs that gateways use, unmodified;
 vllm.Inference and vllm.Control by reflection. What they say is what the native API says."""
 
+import hashlib
+import io
 import json
 import re
 import unittest
+import zipfile
 
 import grpc
+from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto import vllm_engine_pb2
 from smg_grpc_proto import vllm_engine_pb2_grpc
 
@@ -52,8 +56,25 @@ class VllmEngineTest(server_fixture.ServerTestCase):
                 self.assertEqual(field.number, other.fields_by_name[field.name].number)
         for method in ours.services_by_name["VllmEngine"].methods:
             other = theirs.services_by_name["VllmEngine"].methods_by_name[method.name]
-            self.assertEqual((method.input_type.name, method.output_type.name),
-                             (other.input_type.name, other.output_type.name))
+            self.assertEqual((method.input_type.full_name, method.output_type.full_name),
+                             (other.input_type.full_name, other.output_type.full_name))
+        shared = self.native.pool.FindFileContainingSymbol("smg.grpc.common.GetTokenizerChunk")
+        for message in shared.message_types_by_name.values():
+            self.assertEqual([kind(field) for field in message.fields],
+                             [kind(field) for field in common_pb2.DESCRIPTOR.message_types_by_name[message.name].fields])
+
+    def test_the_tokenizer_that_comes_is_the_one_that_serves(self):
+        chunks = list(self.stub.GetTokenizer(common_pb2.GetTokenizerRequest()))
+        archive = b"".join(chunk.data for chunk in chunks)
+        self.assertTrue(all(0 < len(chunk.data) <= 65536 for chunk in chunks))
+        self.assertEqual([chunk.sha256 for chunk in chunks],
+                         [""] * (len(chunks) - 1) + [hashlib.sha256(archive).hexdigest()])
+        folder = server_fixture.ROOT / "deploy/models" / MODEL
+        with zipfile.ZipFile(io.BytesIO(archive)) as bundle:
+            self.assertIsNone(bundle.testzip())
+            self.assertEqual({name: bundle.read(name) for name in bundle.namelist()},
+                             {name: (folder / name).read_bytes() for name in
+                              ("tokenizer.model", "config.json", "generation_config.json")})
 
     def test_tokens_are_the_native_ones_streamed_and_whole(self):
         for prompt in PROMPTS:

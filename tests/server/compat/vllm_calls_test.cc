@@ -1,13 +1,19 @@
 // vLLM's gRPC services over a real channel, against a scripted engine.
 #include <compat/vllm.grpc.pb.h>
 #include <compat/vllm_engine.grpc.pb.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <climits>
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <future>
 #include <utility>
 
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_replace.h"
+#include "server/compat/tokenizer_bundle.h"
 #include "server/compat/vllm_request.h"
 #include "tests/server/server_harness.h"
 #include "tests/server/wire.h"
@@ -352,6 +358,90 @@ TEST_F(VllmCallsTest, HealthAndInformation) {
   vllm_engine::GetLoadsResponse loads;
   ASSERT_TRUE(engine_->GetLoads(&loads_context, {}, &loads).ok());
   EXPECT_EQ(loads.loads_size(), 1);
+}
+
+TEST_F(VllmCallsTest, ATokenizerComesInPiecesWithItsDigestOnTheLast) {
+  harness_.context.tokenizer_bundle = compat::TokenizerBundle{std::string(150'000, 'z'), "digest"};
+  grpc::ClientContext context;
+  const auto reader = engine_->GetTokenizer(&context, {});
+  std::vector<size_t> sizes;
+  std::string digests;
+  smg::grpc::common::GetTokenizerChunk chunk;
+  while (reader->Read(&chunk)) {
+    sizes.push_back(chunk.data().size());
+    digests += chunk.sha256() + ";";
+    EXPECT_EQ(chunk.data().find_first_not_of('z'), std::string::npos);
+  }
+  EXPECT_TRUE(reader->Finish().ok());
+  EXPECT_EQ(sizes, (std::vector<size_t>{65536, 65536, 150'000 - 2 * 65536}));
+  EXPECT_EQ(digests, ";;digest;");
+}
+
+TEST_F(VllmCallsTest, ATokenizerThatCannotBeSentIsRefusedWithItsReason) {
+  harness_.context.tokenizer_bundle = compat::ReadTokenizerBundle("/nonexistent");
+  grpc::ClientContext context;
+  smg::grpc::common::GetTokenizerChunk chunk;
+  const auto reader = engine_->GetTokenizer(&context, {});
+  EXPECT_FALSE(reader->Read(&chunk));
+  const grpc::Status status = reader->Finish();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_EQ(status.error_message(), "the served model has no tokenizer files that can be sent");
+}
+
+TEST_F(VllmCallsTest, AClientThatLeavesATokenizerHalfReadIsForgotten) {
+  harness_.context.tokenizer_bundle = compat::TokenizerBundle{std::string(8 << 20, 'z'), "digest"};
+  for (int i = 0; i < 3; ++i) {
+    grpc::ClientContext context;
+    smg::grpc::common::GetTokenizerChunk chunk;
+    const auto reader = engine_->GetTokenizer(&context, {});
+    EXPECT_TRUE(reader->Read(&chunk));
+    context.TryCancel();
+    EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  }
+  harness_.server->Shutdown(std::chrono::milliseconds(0));  // waits for every call's end
+  EXPECT_THAT(harness_.MetricsText(), ::testing::HasSubstr("minitron_grpc_streams_active{model_name=\"tiny\"} 0\n"));
+}
+
+// Two files, byte by byte as APPNOTE 6.3 says; the checksums are those of CRC-32's published definition.
+TEST(TokenizerBundleTest, AnArchiveIsTheseBytes) {
+  const auto bytes = [](const std::string& hex) {
+    return absl::HexStringToBytes(absl::StrReplaceAll(hex, {{" ", ""}}));
+  };
+  const std::string crc_of_digits = "26 39 f4 cb";  // "123456789": 0xcbf43926
+  const std::string common = "0a00 0000 0000 0000 2100";
+  const std::string first = common + crc_of_digits + "09000000 09000000 0100 0000";
+  const std::string second = common + "00000000 00000000 00000000 0200 0000";
+  const std::string tail = "0000 0000 0000 00000000";
+  EXPECT_EQ(compat::MakeZip({{"a", "123456789"}, {"bc", ""}}),
+            bytes("504b0304" + first + "61 313233343536373839") + bytes("504b0304" + second + "6263") +
+                bytes("504b0102 0a00" + first + tail + "00000000 61") +
+                bytes("504b0102 0a00" + second + tail + "28000000 6263") +
+                bytes("504b0506 0000 0000 0200 0200 5f000000 48000000 0000"));
+}
+
+TEST(TokenizerBundleTest, WhatCannotBeSentIsNamedWithoutItsFolder) {
+  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "tokenizer_bundle_test";
+  std::filesystem::remove_all(folder);
+  std::filesystem::create_directories(folder);
+  const auto write = [&](const char* name, const std::string& text) { std::ofstream(folder / name) << text; };
+  const auto error = [&](int64_t limit) {
+    return std::string(compat::ReadTokenizerBundle(folder.string(), limit).status().message());
+  };
+  EXPECT_EQ(error(100), "the served model has no tokenizer files that can be sent");
+  write("tokenizer.model", std::string(60, 'm'));
+  write("config.json", std::string(40, 'c'));
+  write("model.safetensors", std::string(1000, 'w'));
+  const auto bundle = compat::ReadTokenizerBundle(folder.string(), 100);
+  ASSERT_TRUE(bundle.ok()) << bundle.status();
+  EXPECT_EQ(bundle->zip,
+            compat::MakeZip({{"tokenizer.model", std::string(60, 'm')}, {"config.json", std::string(40, 'c')}}));
+  EXPECT_EQ(error(99),
+            "config.json of the served model cannot be sent: no regular file, or more than 99 bytes with the others");
+  std::filesystem::create_directory(folder / "tokenizer.json");
+  EXPECT_EQ(
+      error(100),
+      "tokenizer.json of the served model cannot be sent: no regular file, or more than 100 bytes with the others");
+  std::filesystem::remove_all(folder);
 }
 
 }  // namespace

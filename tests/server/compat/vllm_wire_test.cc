@@ -1,6 +1,7 @@
 // The wire format of vLLM's two gRPC protocols: each message that is read or sent, against bytes put together here from
 // field numbers and wire types, without the generated code. A field that moves or changes its type breaks a line.
 #include <compat/vllm.pb.h>
+#include <compat/vllm_common.pb.h>
 #include <compat/vllm_engine.pb.h>
 #include <gtest/gtest.h>
 
@@ -246,6 +247,10 @@ TEST(VllmWireTest, EngineManagement) {
   EXPECT_EQ(loads.loads(0).num_waiting_reqs(), 3);
   EXPECT_EQ(loads.loads(0).token_usage(), 0.7);
   EXPECT_EQ(loads.loads(0).max_running_requests(), 11);
+  Read<smg::grpc::common::GetTokenizerRequest>("");
+  const auto chunk = Read<smg::grpc::common::GetTokenizerChunk>(Len(1, std::string("PK\0", 3)) + Len(2, "ab"));
+  EXPECT_EQ(chunk.data(), std::string("PK\0", 3));
+  EXPECT_EQ(chunk.sha256(), "ab");
 }
 
 }  // namespace

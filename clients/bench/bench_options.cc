@@ -89,7 +89,8 @@ Result ReadPrompts(const Arguments& arguments, BenchOptions* options) {
 
 Result ReadDriver(const Arguments& arguments, BenchOptions* options) {
   DriverOptions& driver = options->driver;
-  if (auto error = ReadOneOf(arguments, "protocol", {"native", "oip", "openai"}, &options->protocol)) return error;
+  if (auto error = ReadOneOf(arguments, "protocol", {"native", "oip", "vllm", "openai"}, &options->protocol))
+    return error;
   driver.target = arguments.Get("server");
   if (driver.target.empty()) return UsageError{"--server HOST:PORT says what to put under load; there is no default"};
   driver.model = arguments.Get("model");
@@ -153,8 +154,9 @@ const client::CommandSpec& BenchSpec() {
       0,
       {
           {"server", "HOST:PORT", "the server; required"},
-          {"protocol", "NAME", "native, oip (Open Inference, Triton) or openai (HTTP); default native"},
-          {"model", "NAME", "the model; native: default the served one; else required"},
+          {"protocol", "NAME",
+           "native, oip (Open Inference, Triton), vllm (its gRPC) or openai (HTTP); default native"},
+          {"model", "NAME", "the model; native, vllm: default the served one; else required"},
           {"num-prompts", "N", "requests of each run; default 100"},
           {"concurrency", "N,...", "closed loop: so many requests at once; several make a sweep"},
           {"request-rate", "R,...", "requests per second, at random times; several make a sweep"},
@@ -195,7 +197,8 @@ Result ReadBenchOptions(const Arguments& arguments, BenchOptions* options) {
   if (auto error = ReadPrompts(arguments, options)) return error;
   if (auto error = ReadDriver(arguments, options)) return error;
   if (auto error = ReadPlans(arguments, options)) return error;
-  if (options->protocol != "native" && options->driver.model.empty()) {
+  const bool asks = options->protocol == "native" || options->protocol == "vllm";
+  if (!asks && options->driver.model.empty()) {
     return UsageError{"--protocol " + options->protocol + " needs --model"};
   }
   if (arguments.Has("vocab-size") && options->protocol != "openai") {

@@ -3,12 +3,14 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "clients/bench/dataset.h"
 #include "clients/bench/record.h"
+#include "clients/cpp/error.h"
 
 namespace minitron::bench {
 
@@ -39,7 +41,16 @@ class Driver {
 std::unique_ptr<Driver> MakeNativeDriver(const DriverOptions& options);
 // inference.GRPCInferenceService/ModelStreamInfer, with the tensors of Triton's vLLM back end. Requires a model name.
 std::unique_ptr<Driver> MakeOpenInferenceDriver(const DriverOptions& options);
+// vllm.grpc.engine.VllmEngine/Generate. The protocol names no model.
+std::unique_ptr<Driver> MakeVllmDriver(const DriverOptions& options);
 // POST /v1/completions with server-sent events. Requires a model name.
 std::unique_ptr<Driver> MakeOpenAiDriver(const DriverOptions& options);
+
+struct ModelAnswer {
+  std::string name;
+  uint32_t vocab_size = 0;  // 0: the server does not say
+};
+// GetModelInfo of the same service; waits at most 10 s unless the options say otherwise.
+std::optional<client::Error> AskVllmModel(const DriverOptions& options, ModelAnswer* answer);
 
 }  // namespace minitron::bench

@@ -10,7 +10,7 @@ namespace minitron::bench {
 // What all runs of one command have in common.
 struct ReportContext {
   std::string date;      // "20261124-101500", UTC
-  std::string protocol;  // native, oip, openai
+  std::string protocol;  // native, oip, vllm, openai
   std::string target;
   std::string model;
   std::string dataset;

@@ -42,6 +42,7 @@ int Fail(const std::string& message, int code) {
 
 std::unique_ptr<Driver> MakeDriver(const BenchOptions& options) {
   if (options.protocol == "oip") return MakeOpenInferenceDriver(options.driver);
+  if (options.protocol == "vllm") return MakeVllmDriver(options.driver);
   if (options.protocol == "openai") return MakeOpenAiDriver(options.driver);
   return MakeNativeDriver(options.driver);
 }
@@ -133,6 +134,12 @@ void WarmUp(const BenchOptions& options, Driver* driver) {
 
 // The name and the vocabulary of the served model.
 std::optional<client::Error> AskModel(BenchOptions* options) {
+  if (options->protocol == "vllm") {
+    ModelAnswer answer;
+    if (auto error = AskVllmModel(options->driver, &answer)) return error;
+    if (options->driver.model.empty()) options->driver.model = answer.name;
+    options->prompts.vocab_size = answer.vocab_size;
+  }
   if (options->protocol != "native") return std::nullopt;
   client::Client client = NativeClient(options->driver);
   v1::Model model;

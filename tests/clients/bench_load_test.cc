@@ -135,7 +135,7 @@ TEST(BenchOptionsTest, WrongCommandLinesAreNamed) {
   EXPECT_EQ(OptionError({server, "--concurrency=1.5"}), "--concurrency \"1.5\" is not a whole number in [1, 1000000]");
   EXPECT_EQ(OptionError({server, "--request-rate=1,-2"}), "--request-rate \"-2\" is not a number in [0.001, 1000000]");
   EXPECT_EQ(OptionError({server, "--concurrency=1", "--protocol=http"}),
-            "--protocol \"http\" is none of native, oip, openai");
+            "--protocol \"http\" is none of native, oip, vllm, openai");
   EXPECT_EQ(OptionError({server, "--concurrency=1", "--protocol=oip"}), "--protocol oip needs --model");
   EXPECT_EQ(OptionError({server, "--concurrency=1", "--dataset=jsonl"}), "--dataset jsonl needs --dataset-path");
   EXPECT_THAT(OptionError({server, "--replay"}), HasSubstr("--replay goes with"));

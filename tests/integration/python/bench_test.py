@@ -46,6 +46,9 @@ class BenchTest(server_fixture.ServerTestCase):
         self.assertEqual(native["total_input_tokens"], 120)
         self.assertEqual(native["model_id"], MODEL)
         self.check(self.bench("--protocol", "oip", "--model", MODEL, *common)[0], 6, 30)
+        vllm, = self.bench("--protocol", "vllm", *common)
+        self.check(vllm, 6, 30)
+        self.assertEqual((vllm["total_input_tokens"], vllm["model_id"]), (120, MODEL))
         self.check(self.bench("--protocol", "openai", "--model", MODEL, *common, server=http)[0], 6, 30)
         ids, = self.bench("--protocol", "openai", "--model", MODEL, "--vocab-size", "2048", *common, server=http)
         self.check(ids, 6, 30)
@@ -53,6 +56,8 @@ class BenchTest(server_fixture.ServerTestCase):
 
     def test_errors_are_counted_by_code(self):
         run, = self.bench("--num-prompts", "3", "--concurrency", "1", "--input-len", "100000", code=3)
+        self.assertEqual(run["errors_by_code"], {"INVALID_ARGUMENT": 3})
+        run, = self.bench("--num-prompts", "3", "--concurrency", "1", "--input-len", "100000", "--protocol", "vllm", code=3)
         self.assertEqual(run["errors_by_code"], {"INVALID_ARGUMENT": 3})
         http = "127.0.0.1:" + self.server.ports["http"]
         run, = self.bench("--num-prompts", "2", "--concurrency", "1", "--protocol", "openai", "--model", "other", code=3,

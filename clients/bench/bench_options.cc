@@ -5,6 +5,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "clients/cpp/security.h"
 
 namespace minitron::bench {
 namespace {
@@ -144,10 +145,9 @@ Result ReadPlans(const Arguments& arguments, BenchOptions* options) {
   return std::nullopt;
 }
 
-}  // namespace
-
-const client::CommandSpec& BenchSpec() {
-  static const client::CommandSpec kSpec = {
+// Without what it shares with other programs.
+client::CommandSpec OwnSpec() {
+  return {
       "",
       "",
       "Puts a server under load and reports its latencies. Nothing is sent to anything but --server.",
@@ -190,6 +190,17 @@ const client::CommandSpec& BenchSpec() {
           {"quiet", "", "no progress"},
           {"help", "", "this text"},
       }};
+}
+
+}  // namespace
+
+const client::CommandSpec& BenchSpec() {
+  static const client::CommandSpec kSpec = [] {
+    client::CommandSpec spec = OwnSpec();
+    const std::vector<client::OptionSpec>& security = client::SecurityOptions();
+    spec.options.insert(spec.options.end(), security.begin(), security.end());
+    return spec;
+  }();
   return kSpec;
 }
 

@@ -11,6 +11,7 @@
 #include "clients/bench/dataset.h"
 #include "clients/bench/record.h"
 #include "clients/cpp/error.h"
+#include "clients/cpp/security.h"
 
 namespace minitron::bench {
 
@@ -22,6 +23,7 @@ struct DriverOptions {
   double timeout_s = 0;                                       // of each request; 0: none
   int connections = 1;                                        // gRPC only: requests take turns
   std::vector<std::pair<std::string, std::string>> metadata;  // headers of each request
+  std::optional<client::TlsOptions> tls = std::nullopt;       // unset: plaintext, but for openai what the target says
   uint64_t seed = 0;                                          // request i samples with seed + i
 };
 

@@ -4,7 +4,6 @@
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
 #include <grpcpp/create_channel.h>
-#include <grpcpp/security/credentials.h>
 
 #include <chrono>
 #include <memory>
@@ -22,9 +21,9 @@ class GrpcChannels {
     arguments.SetMaxReceiveMessageSize(256 << 20);
     // Channels of equal arguments would share one connection.
     arguments.SetInt("grpc.use_local_subchannel_pool", 1);
+    const auto credentials = client::MakeChannelCredentials(options.tls, &arguments);
     for (int i = 0; i < options.connections; ++i) {
-      stubs_.push_back(
-          Service::NewStub(grpc::CreateCustomChannel(options.target, grpc::InsecureChannelCredentials(), arguments)));
+      stubs_.push_back(Service::NewStub(grpc::CreateCustomChannel(options.target, credentials, arguments)));
     }
   }
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <ctime>
 #include <fstream>
 #include <thread>
@@ -48,7 +49,7 @@ std::unique_ptr<Driver> MakeDriver(const BenchOptions& options) {
 }
 
 client::Client NativeClient(const DriverOptions& driver) {
-  return client::Client({driver.target, std::chrono::seconds(10), driver.metadata});
+  return client::Client({driver.target, std::chrono::seconds(10), driver.metadata, driver.tls});
 }
 
 std::optional<DatasetError> MakePrompts(const BenchOptions& options, uint64_t run, std::vector<Prompt>* prompts) {
@@ -203,6 +204,10 @@ int Run(const std::vector<std::string>& args) {
   }
   BenchOptions options;
   if (const auto error = ReadBenchOptions(arguments, &options)) return Fail(error->message, client::kExitUsage);
+  if (const auto error =
+          client::ReadSecurity(arguments, nullptr, nullptr, &options.driver.tls, &options.driver.metadata)) {
+    return Fail(error->message, client::kExitUsage);
+  }
   if (const auto error = AskModel(&options)) {
     return Fail(client::FormatError(*error, options.driver.target), client::ExitCode(*error));
   }
@@ -220,6 +225,7 @@ int Run(const std::vector<std::string>& args) {
 }  // namespace minitron::bench
 
 int main(int argc, char** argv) {
+  setenv("GRPC_VERBOSITY", "NONE", 0);  // an error is told once, by us; set it to see gRPC's own lines
   std::signal(SIGPIPE, SIG_IGN);
   return minitron::bench::Run({argv + 1, argv + argc});
 }

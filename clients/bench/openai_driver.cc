@@ -78,7 +78,7 @@ size_t OnData(char* data, size_t size, size_t count, void* user) {
 class OpenAiDriver final : public Driver {
  public:
   explicit OpenAiDriver(const DriverOptions& options) : options_(options), multi_(curl_multi_init()) {
-    url_ = (options.target.find("://") == std::string::npos ? "http://" : "") + options.target + "/v1/completions";
+    SetUrl();
     headers_ = curl_slist_append(headers_, "Content-Type: application/json");
     for (const auto& [key, value] : options.metadata) {
       headers_ = curl_slist_append(headers_, absl::StrCat(key, ": ", value).c_str());
@@ -95,6 +95,7 @@ class OpenAiDriver final : public Driver {
     thread_.join();
     curl_multi_cleanup(multi_);
     curl_slist_free_all(headers_);
+    curl_slist_free_all(connect_to_);
   }
 
   void Start(const Prompt& prompt, uint64_t index, Done done) override {
@@ -124,6 +125,31 @@ class OpenAiDriver final : public Driver {
   bool takes_ids() const override { return true; }
 
  private:
+  void SetUrl() {
+    const std::string& target = options_.target;
+    const bool has_scheme = target.find("://") != std::string::npos;
+    url_ = (has_scheme ? "" : options_.tls.has_value() ? "https://" : "http://") + target;
+    if (options_.tls.has_value() && !options_.tls->server_name.empty()) {
+      // The name is asked for and expected; the connection goes to the target.
+      const std::string address = has_scheme ? target.substr(target.find("://") + 3) : target;
+      url_ = "https://" + options_.tls->server_name;
+      connect_to_ = curl_slist_append(nullptr, ("::" + address).c_str());
+    }
+    url_ += "/v1/completions";
+  }
+
+  void Encrypt(CURL* easy) {
+    const client::TlsOptions& tls = *options_.tls;
+    const auto set = [easy](CURLoption option, const std::string& pem) {
+      curl_blob blob{const_cast<char*>(pem.data()), pem.size(), CURL_BLOB_NOCOPY};  // outlives the handle
+      if (!pem.empty()) curl_easy_setopt(easy, option, &blob);
+    };
+    set(CURLOPT_CAINFO_BLOB, tls.root_certificates);
+    set(CURLOPT_SSLCERT_BLOB, tls.certificate_chain);
+    set(CURLOPT_SSLKEY_BLOB, tls.private_key);
+    curl_easy_setopt(easy, CURLOPT_CONNECT_TO, connect_to_);
+  }
+
   void Run() {
     while (true) {
       std::deque<std::unique_ptr<HttpCall>> started;
@@ -154,6 +180,7 @@ class OpenAiDriver final : public Driver {
     curl_easy_setopt(easy, CURLOPT_WRITEDATA, call.get());
     curl_easy_setopt(easy, CURLOPT_NOSIGNAL, 1L);
     curl_easy_setopt(easy, CURLOPT_NOPROXY, "*");  // the server that was named, and nobody between
+    if (options_.tls.has_value()) Encrypt(easy);
     if (options_.timeout_s > 0) {
       curl_easy_setopt(easy, CURLOPT_TIMEOUT_MS,
                        static_cast<long>(options_.timeout_s * 1e3) + 1);  // NOLINT: curl's type
@@ -185,6 +212,7 @@ class OpenAiDriver final : public Driver {
   DriverOptions options_;
   std::string url_;
   curl_slist* headers_ = nullptr;
+  curl_slist* connect_to_ = nullptr;
   CURLM* multi_;
   std::map<CURL*, std::unique_ptr<HttpCall>> calls_;  // of the thread
   std::mutex mutex_;

@@ -1,7 +1,6 @@
 #include "clients/cpp/client.h"
 
 #include <grpcpp/create_channel.h>
-#include <grpcpp/security/credentials.h>
 
 namespace minitron::client {
 namespace {
@@ -9,10 +8,11 @@ namespace {
 // Log-probabilities of a long prompt do not fit gRPC's default of 4 MiB.
 constexpr int kMaxResponseBytes = 256 << 20;
 
-std::shared_ptr<grpc::Channel> Connect(const std::string& target) {
+std::shared_ptr<grpc::Channel> Connect(const ClientOptions& options) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(kMaxResponseBytes);
-  return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
+  const auto credentials = MakeChannelCredentials(options.tls, &arguments);
+  return grpc::CreateCustomChannel(options.target, credentials, arguments);
 }
 
 Outcome ToOutcome(const grpc::Status& status) {
@@ -44,7 +44,7 @@ void Cancellation::Attach(grpc::ClientContext* context) {
   if (cancelled_ && context_ != nullptr) context_->TryCancel();
 }
 
-Client::Client(const ClientOptions& options) : Client(Connect(options.target), options) {}
+Client::Client(const ClientOptions& options) : Client(Connect(options), options) {}
 
 Client::Client(std::shared_ptr<grpc::Channel> channel, ClientOptions options)
     : options_(std::move(options)),

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "clients/cpp/error.h"
+#include "clients/cpp/security.h"
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "minitron/v1/admin.grpc.pb.h"
 #include "minitron/v1/generation.grpc.pb.h"
@@ -22,9 +23,10 @@
 namespace minitron::client {
 
 struct ClientOptions {
-  std::string target = "localhost:50051";                     // any gRPC target; the connection is not encrypted
+  std::string target = "localhost:50051";                     // any gRPC target
   std::optional<std::chrono::milliseconds> timeout;           // of each call; unset: none
   std::vector<std::pair<std::string, std::string>> metadata;  // sent with each call, e.g. x-minitron-tenant
+  std::optional<TlsOptions> tls = std::nullopt;               // unset: the connection is not encrypted
 };
 
 // Cancels calls from another thread. Thread-safe; must outlive the calls it was given to.

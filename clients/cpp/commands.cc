@@ -4,6 +4,7 @@
 
 #include "clients/cpp/format.h"
 #include "clients/cpp/generate_request.h"
+#include "clients/cpp/security.h"
 
 namespace minitron::client {
 namespace {
@@ -75,7 +76,9 @@ std::vector<Command> MakeCommands() {
       {"json", "", "one JSON object per line"},
       {"help", "", "this text"},
   };
-  for (Command& command : commands) command.spec.options = Join(command.spec.options, common);
+  for (Command& command : commands) {
+    command.spec.options = Join(Join(command.spec.options, common), SecurityOptions());
+  }
   return commands;
 }
 

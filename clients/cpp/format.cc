@@ -1,6 +1,7 @@
 #include "clients/cpp/format.h"
 
 #include <cstdio>
+#include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -10,11 +11,30 @@
 namespace minitron::client {
 namespace {
 
+// What gRPC 1.51 writes when no connection comes about, and what its user can do. Empty when it is none of these.
+std::string ConnectionAdvice(const std::string& message) {
+  constexpr std::pair<const char*, const char*> kKnown[] = {
+      {"Socket closed",
+       "if the server encrypts, name its authority with --tls-ca FILE; if it asks for a certificate, give --tls-cert "
+       "and "
+       "--tls-key"},
+      {"certificate verify failed",
+       "the server's certificate is signed by no trusted authority: name its authority with --tls-ca FILE"},
+      {"is not in peer certificate", "name the server as its certificate does with --tls-server-name NAME"},
+      {"wrong version number", "the server does not encrypt: leave the --tls options out"},
+  };
+  for (const auto& [text, advice] : kKnown) {
+    if (absl::StrContains(message, text)) return advice;
+  }
+  return "";
+}
+
 // What the user can do about an error; empty when there is nothing to say.
 std::string NextStep(const Error& error, const std::string& target) {
   switch (error.code) {
     case grpc::StatusCode::UNAVAILABLE:
       if (!error.reason.empty()) return "the server is up but takes no requests now: try again later";
+      if (std::string advice = ConnectionAdvice(error.message); !advice.empty()) return advice;
       return absl::StrCat("is a server running at ", target, "? start one, or name another with --server HOST:PORT");
     case grpc::StatusCode::DEADLINE_EXCEEDED:
       return "ask for fewer tokens or raise --timeout";
@@ -26,7 +46,7 @@ std::string NextStep(const Error& error, const std::string& target) {
       return "send less, or less often";
     case grpc::StatusCode::UNAUTHENTICATED:
     case grpc::StatusCode::PERMISSION_DENIED:
-      return "pass credentials with --metadata \"authorization=Bearer TOKEN\"";
+      return "pass a token of the role it takes with --token-file FILE";
     case grpc::StatusCode::UNIMPLEMENTED:
       return "client and server may be of different versions";
     case grpc::StatusCode::INTERNAL:

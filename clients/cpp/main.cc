@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "clients/cpp/commands.h"
+#include "clients/cpp/security.h"
 
 namespace minitron::client {
 namespace {
@@ -73,7 +74,9 @@ std::optional<UsageError> MakeClientOptions(const Arguments& arguments, ClientOp
     }
     options->timeout = std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3f) + 1);
   }
-  return ReadMetadata(arguments, &options->metadata);
+  if (auto error = ReadMetadata(arguments, &options->metadata)) return error;
+  return ReadSecurity(arguments, std::getenv("MINITRON_TLS_CA"), std::getenv("MINITRON_TOKEN_FILE"), &options->tls,
+                      &options->metadata);
 }
 
 int Run(std::vector<std::string> args) {
@@ -118,6 +121,7 @@ int Run(std::vector<std::string> args) {
 }  // namespace minitron::client
 
 int main(int argc, char** argv) {
-  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is a failed write, and exit code 1
+  setenv("GRPC_VERBOSITY", "NONE", 0);  // an error is told once, by us; set it to see gRPC's own lines
+  std::signal(SIGPIPE, SIG_IGN);        // a closed pipe is a failed write, and exit code 1
   return minitron::client::Run({argv + 1, argv + argc});
 }

@@ -99,7 +99,9 @@ std::string ManPage(const std::vector<Command>& commands) {
     }
   }
   return absl::StrCat(page,
-                      ".SH ENVIRONMENT\n.TP\n.B MINITRON_SERVER\nThe server, when \\-\\-server does not name one.\n",
+                      ".SH ENVIRONMENT\n.TP\n.B MINITRON_SERVER\nThe server, when \\-\\-server does not name one.\n"
+                      ".TP\n.B MINITRON_TLS_CA\nThe file of \\-\\-tls\\-ca, when it is not given.\n"
+                      ".TP\n.B MINITRON_TOKEN_FILE\nThe file of \\-\\-token\\-file, when it is not given.\n",
                       ".SH EXIT STATUS\n", Roff(kExitCodesText),
                       ".SH SEE ALSO\nminitron\\-bench \\-\\-help, minitron\\-server "
                       "\\-\\-help\n");

@@ -195,7 +195,14 @@ std::optional<UsageError> ReadMetadata(const Arguments& arguments,
         return UsageError{"--metadata key \"" + key + "\" has a character outside a-z 0-9 - _ ."};
       }
     }
-    metadata->emplace_back(key, entry.substr(equals + 1));
+    const std::string value = entry.substr(equals + 1);
+    const bool binary = key.size() > 4 && key.compare(key.size() - 4, 4, "-bin") == 0;
+    for (const char c : value) {
+      if (!binary && (c < 32 || c > 126)) {
+        return UsageError{"--metadata " + key + ": its value has a character that is not printable ASCII"};
+      }
+    }
+    metadata->emplace_back(key, value);
   }
   return std::nullopt;
 }

@@ -147,6 +147,36 @@ TEST_F(CliTest, AnAddressIsHostAndPort) {
   }
 }
 
+TEST_F(CliTest, WhatCannotBeSentIsRefusedBeforeGrpcAborts) {
+  for (const char* value : {"--metadata=a=b\nc", "--metadata=a=\xc3\xa4"}) {
+    const Outcome outcome = RunCli({"models", Server(), value});
+    EXPECT_EQ(outcome.exit_code, 2);
+    EXPECT_EQ(outcome.err, "minitron: --metadata a: its value has a character that is not printable ASCII\n");
+  }
+}
+
+TEST_F(CliTest, FilesOfSecurityAreNamedWithTheirProblem) {
+  const auto error = [&](std::vector<std::string> options, const std::string& input = "") {
+    options.insert(options.begin(), {"models", Server()});
+    const Outcome outcome = RunCli(options, nullptr, input);
+    EXPECT_EQ(outcome.exit_code, 2) << outcome.err;
+    return outcome.err;
+  };
+  EXPECT_EQ(error({"--tls-ca=/nonexistent"}), "minitron: --tls-ca \"/nonexistent\": cannot be opened\n");
+  EXPECT_EQ(error({"--tls-ca=/"}), "minitron: --tls-ca \"/\": cannot be read\n");
+  EXPECT_EQ(error({"--tls-ca=/dev/zero"}), "minitron: --tls-ca \"/dev/zero\": longer than 1 MiB\n");
+  EXPECT_EQ(error({"--tls-ca=/dev/stdin"}, "-----BEGIN CERTIFICATE-----\nabc\n"),
+            "minitron: --tls-ca \"/dev/stdin\": holds no PEM certificate\n");
+  EXPECT_EQ(error({"--tls-cert=x"}), "minitron: --tls-cert and --tls-key: one without the other\n");
+  EXPECT_EQ(error({"--token-file=/dev/null"}), "minitron: --token-file \"/dev/null\": is empty\n");
+  EXPECT_THAT(error({"--token-file=/dev/stdin"}, "one\ntwo\n"), HasSubstr("holds more than one token"));
+}
+
+TEST_F(CliTest, ATokenFromAFileIsSent) {
+  const Outcome outcome = RunCli({"models", Server(), "--token-file=/dev/stdin"}, nullptr, "secret\r\n");
+  EXPECT_THAT(outcome.out, HasSubstr("architecture Bearer secret,")) << outcome.err;
+}
+
 TEST_F(CliTest, ChatAnswersLineByLineAndGoesOnAfterAnError) {
   const Outcome outcome = RunCli({"chat", Server()}, nullptr, "hello\n\n/reset\nfail\n/nope\nhello\n/quit\nhello\n");
   EXPECT_EQ(outcome.exit_code, 0) << "the last answer was complete";

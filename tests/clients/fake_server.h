@@ -124,9 +124,14 @@ class FakeGeneration final : public v1::GenerationService::Service {
 };
 
 class FakeModels final : public v1::ModelService::Service {
-  grpc::Status ListModels(grpc::ServerContext*, const v1::ListModelsRequest*,
+  // A caller's token comes back as the architecture.
+  grpc::Status ListModels(grpc::ServerContext* context, const v1::ListModelsRequest*,
                           v1::ListModelsResponse* response) override {
-    response->add_models()->set_name("tiny");
+    v1::Model& model = *response->add_models();
+    model.set_name("tiny");
+    const auto token = context->client_metadata().find("authorization");
+    if (token == context->client_metadata().end()) return grpc::Status::OK;
+    model.set_architecture(std::string(token->second.begin(), token->second.end()));
     return grpc::Status::OK;
   }
   grpc::Status GetModel(grpc::ServerContext*, const v1::GetModelRequest* request,

@@ -36,6 +36,13 @@ TEST(FormatTest, ErrorIsOneLineWithFieldsRetryAndNextStep) {
             "UNAVAILABLE: connect failed \\x1b[31m; is a server running at host:1? start one, or name another with "
             "--server HOST:PORT");
   EXPECT_EQ(ExitCode(down), 24);
+  for (const auto& [message, advice] : {std::pair("h:1: Socket closed", "--tls-ca FILE; if it asks for a certificate"),
+                                        {"SSL routines::certificate verify failed", "its authority with --tls-ca FILE"},
+                                        {"Peer name h is not in peer certificate", "with --tls-server-name NAME"},
+                                        {"SSL routines::wrong version number", "leave the --tls options out"}}) {
+    down.message = message;
+    EXPECT_THAT(FormatError(down, "host:1"), testing::HasSubstr(advice)) << message;
+  }
 }
 
 TEST(FormatTest, AFieldThatTheMessageNamesIsNotNamedAgain) {

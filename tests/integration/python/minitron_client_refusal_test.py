@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -54,10 +55,7 @@ class SecurityTest(unittest.TestCase):
         cls.addClassCleanup(folder.cleanup)
         cls.folder = pathlib.Path(folder.name)
         for name in ("ca", "client"):  # the server's certificate is its own authority; so is the client's
-            subprocess.run(
-                ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
-                 "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:server.test,IP:127.0.0.1", "-keyout",
-                 cls.folder / f"{name}.key", "-out", cls.folder / f"{name}.pem"], check=True, stderr=subprocess.DEVNULL)
+            cls.make_pair(name)
         digest = lambda token: hashlib.sha256(token.encode()).hexdigest()
         (cls.folder / "auth.json").write_text(json.dumps({
             "tenants": {"alice": {"tokens_per_minute": 100}},
@@ -65,6 +63,13 @@ class SecurityTest(unittest.TestCase):
         cls.server = server_fixture.Server(
             "--tls-cert", str(cls.folder / "ca.pem"), "--tls-key", str(cls.folder / "ca.key"),
             "--tls-client-ca", str(cls.folder / "client.pem"), "--auth-file", str(cls.folder / "auth.json"))
+
+    @classmethod
+    def make_pair(cls, name):
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+             "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:server.test,IP:127.0.0.1",
+             "-keyout", cls.folder / f"{name}.key", "-out", cls.folder / f"{name}.pem"], check=True, stderr=subprocess.DEVNULL)
 
     @classmethod
     def tearDownClass(cls):
@@ -111,6 +116,36 @@ class SecurityTest(unittest.TestCase):
             client.generate(PROMPT, max_tokens=500)
         self.assertEqual(raised.exception.reason, "QUOTA_EXCEEDED")
         self.assertTrue(raised.exception.quota_violations)
+
+    def program(self, variable, *arguments, code=0, certificate=True, token="alice-token"):
+        (self.folder / "token").write_text(token + "\n")
+        own = ("--tls-cert", self.folder / "client.pem", "--tls-key", self.folder / "client.key") if certificate else ()
+        result = subprocess.run(
+            [os.environ[variable], *arguments, "--tls-ca", self.folder / "ca.pem", *own,
+             "--tls-server-name", "server.test", "--token-file", self.folder / "token", "--timeout", "60"],
+            capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, code, result.stderr)
+        return result
+
+    def test_the_programs_speak_tls_with_certificates_and_tokens(self):
+        models = ("MINITRON_TEST_CLI", "models", "--server", self.server.address)
+        self.assertIn("minitron-tiny", self.program(*models).stdout)
+        refused = self.program(*models, certificate=False, code=24)
+        self.assertIn("--tls-cert", refused.stderr)
+        refused = self.program(*models, token="guess", code=26)
+        self.assertIn("--token-file", refused.stderr)
+        self.assertNotIn("guess", refused.stderr)
+        for protocol in ("native", "vllm", "oip"):
+            run = json.loads(self.program(
+                "MINITRON_TEST_BENCH", "--server", self.server.address, "--protocol", protocol, "--model",
+                "minitron-tiny", "--num-prompts", "2", "--concurrency", "1", "--input-len", "5", "--output-len", "2", "--json", "--quiet").stdout)
+            self.assertEqual((run["completed"], run["total_output_tokens"]), (2, 4), protocol)
+
+    def test_a_program_that_does_not_encrypt_is_told_how(self):
+        result = subprocess.run([os.environ["MINITRON_TEST_CLI"], "models", "--server", self.server.address],
+                                capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, 24)
+        self.assertIn("--tls", result.stderr)
 
     def test_secrets_are_not_in_the_text_of_options(self):
         options = ClientOptions(token="alice-token", tls=Tls(None, b"key-bytes", b"chain"))

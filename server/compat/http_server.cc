@@ -36,24 +36,44 @@ std::string Spell(const sockaddr_storage& address, socklen_t length) {
   return absl::StrCat(host, " ", port);
 }
 
-// civetweb keeps the descriptor of a connection to itself: it is the one of this process with the connection's peer. It
-// stays the connection's as long as its handler runs. -1 when there is none. A system call per open descriptor.
-int FindSocket(const mg_request_info& info) {
-  const std::string wanted = absl::StrCat(info.remote_addr, " ", info.remote_port);
+// One end of a socket, as Spell gives it; empty when the descriptor is no internet socket with such an end.
+std::string EndOf(int fd, int (*get)(int, sockaddr*, socklen_t*)) {
+  sockaddr_storage address{};
+  socklen_t length = sizeof(address);
+  if (get(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) return "";
+  if (address.ss_family != AF_INET && address.ss_family != AF_INET6) return "";
+  return Spell(address, length);
+}
+
+bool IsAtPort(int fd, int port) {
+  const std::string local = EndOf(fd, getsockname);
+  return !local.empty() && local.substr(local.find(' ') + 1) == absl::StrCat(port);
+}
+
+// civetweb keeps its descriptors to itself: they are looked for among those of this process. -1 when there is none. A
+// system call per open descriptor.
+template <typename Predicate>
+int FindDescriptor(const Predicate& is_it) {
   const std::unique_ptr<DIR, int (*)(DIR*)> open(opendir("/proc/self/fd"), closedir);
   while (const dirent* entry = open == nullptr ? nullptr : readdir(open.get())) {
     const int fd = std::atoi(entry->d_name);
-    sockaddr_storage address{};
-    socklen_t length = sizeof(address);
-    if (getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) continue;
-    if (address.ss_family != AF_INET && address.ss_family != AF_INET6) continue;
-    if (Spell(address, length) != wanted) continue;
-    length = sizeof(address);
-    if (getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) continue;
-    const std::string local = Spell(address, length);
-    if (local.substr(local.find(' ') + 1) == absl::StrCat(info.server_port)) return fd;
+    if (is_it(fd)) return fd;
   }
   return -1;
+}
+
+// The connection with the request's peer. It stays the connection's as long as its handler runs.
+int FindSocket(const mg_request_info& info) {
+  const std::string wanted = absl::StrCat(info.remote_addr, " ", info.remote_port);
+  return FindDescriptor([&](int fd) { return EndOf(fd, getpeername) == wanted && IsAtPort(fd, info.server_port); });
+}
+
+int FindListener(int port) {
+  return FindDescriptor([port](int fd) {
+    int listens = 0;
+    socklen_t length = sizeof(listens);
+    return getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &length) == 0 && listens != 0 && IsAtPort(fd, port);
+  });
 }
 
 const char* Phrase(int code) { return mg_get_response_code_text(nullptr, code); }
@@ -159,7 +179,11 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const HttpOptions&
 }
 
 HttpServer::~HttpServer() {
-  if (context_ != nullptr) mg_stop(context_);
+  if (context_ != nullptr) {
+    // civetweb looks whether it shall stop every 2 s, or when its listening socket has news: its end is some.
+    shutdown(FindListener(port_), SHUT_RDWR);
+    mg_stop(context_);
+  }
   mg_exit_library();
 }
 

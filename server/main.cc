@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -115,11 +116,12 @@ std::vector<std::string> Environment() {
 
 // Before a model is loaded for minutes. The metrics port is opened at once.
 absl::Status CheckPortsAreFree(const ServerOptions& options) {
-  const std::pair<const char*, int> ports[] = {
-      {"--port", options.port}, {"--health-port", options.health_port}, {"--http-port", options.http_port}};
-  for (const auto& [flag, port] : ports) {
+  const std::tuple<const char*, std::string, int> ports[] = {{"--port", options.host, options.port},
+                                                             {"--health-port", options.host, options.health_port},
+                                                             {"--http-port", options.http_host, options.http_port}};
+  for (const auto& [flag, host, port] : ports) {
     if (port < 0) continue;  // none
-    if (const absl::Status status = CheckPortIsFree(options.host, port); !status.ok()) {
+    if (const absl::Status status = CheckPortIsFree(host, port); !status.ok()) {
       return absl::UnavailableError(absl::StrCat(flag, "=", port, ": ", std::string(status.message())));
     }
   }
@@ -173,8 +175,11 @@ int Run(const ServerOptions& options) {
                                                                    {"http", (*serving)->http_port()}});
   if (!announced.ok()) lifecycle.RequestDrain();
   std::string optional_ports;
-  for (const auto& [name, port] : {std::pair("health", (*serving)->health_port()), {"http", (*serving)->http_port()}}) {
-    if (port > 0) absl::StrAppendFormat(&optional_ports, " %s=%s:%d", name, options.host, port);
+  if (const int port = (*serving)->health_port(); port > 0) {
+    absl::StrAppendFormat(&optional_ports, " health=%s:%d", options.host, port);
+  }
+  if (const int port = (*serving)->http_port(); port > 0) {
+    absl::StrAppendFormat(&optional_ports, " http=%s:%d", options.http_host, port);
   }
   base::LogInfo(absl::StrFormat("ready grpc=%s:%d metrics=%s:%d%s in %.2f s", options.host, (*serving)->port(),
                                 options.host, metrics_port, optional_ports, SecondsSince(start)));

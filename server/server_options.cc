@@ -97,6 +97,7 @@ const std::vector<Flag>& Flags() {
       Switch("reflection", &O::reflection, "gRPC server reflection; with --auth-file for known tokens only"),
       Switch("channelz", &O::channelz, "gRPC channelz; with --auth-file for the role admin only"),
       Int("http-port", &O::http_port, -1, 65535, "OpenAI-compatible HTTP port; 0 any free, -1 none"),
+      Text("http-host", &O::http_host, "address of the HTTP port; it is not encrypted: beyond the machine use a proxy"),
       Int("http-threads", &O::http_threads, 1, 1024, "HTTP requests answered at once; more wait"),
       Text("chat-template", &O::chat_template, "none or nemotron-mini: how /v1/chat/completions makes a prompt"),
       Switch("open-inference", &O::open_inference, "Open Inference Protocol (Triton's clients) on the gRPC port"),

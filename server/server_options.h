@@ -72,6 +72,7 @@ struct ServerOptions {
   bool open_inference = true;
   bool vllm_grpc = true;
   int http_port = -1;  // -1: none, 0: any free one
+  std::string http_host = "127.0.0.1";
   int http_threads = 32;
   std::string chat_template = "none";
   bool add_bos = false;

@@ -102,7 +102,7 @@ GrpcServerOptions MakeGrpcOptions(const ServerOptions& options, TlsStore* tls) {
 
 compat::HttpOptions MakeHttpOptions(const ServerOptions& options) {
   compat::HttpOptions result;
-  result.host = options.host;
+  result.host = options.http_host;
   result.port = options.http_port;
   result.num_threads = options.http_threads;
   result.max_body_bytes = int64_t{options.max_receive_mib} << 20;

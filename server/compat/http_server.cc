@@ -145,9 +145,14 @@ bool HttpExchange::SendEvent(const std::string& data) {
 
 void HttpExchange::EndEvents() { mg_send_chunk(connection_, "", 0); }
 
+std::string ListeningPort(const HttpOptions& options) {
+  const bool is_ipv6 = options.host.find(':') != std::string::npos;
+  return absl::StrCat(is_ipv6 ? "[" : "", options.host, is_ipv6 ? "]:" : ":", options.port);
+}
+
 absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const HttpOptions& options, Handler handler) {
   std::unique_ptr<HttpServer> server(new HttpServer(std::move(handler)));
-  const std::string address = absl::StrCat(options.host, ":", options.port);
+  const std::string address = ListeningPort(options);
   const std::string threads = absl::StrCat(options.num_threads);
   const std::string timeout = absl::StrCat(options.timeout_ms);
   const char* settings[] = {"listening_ports",

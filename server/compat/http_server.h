@@ -16,12 +16,15 @@ struct mg_context;
 namespace minitron::server::compat {
 
 struct HttpOptions {
-  std::string host = "0.0.0.0";
+  std::string host = "127.0.0.1";
   int port = 0;  // 0: any free one
   int num_threads = 32;
   int64_t max_body_bytes = 4 << 20;
   int timeout_ms = 30'000;  // of one read or write
 };
+
+// Address and port as civetweb wants them: the one of IPv6 in brackets.
+std::string ListeningPort(const HttpOptions& options);
 
 // One request and its answer. Only on the thread of its handler.
 class HttpExchange {

@@ -67,6 +67,25 @@ class OpenAiHttpTest : public ::testing::Test {
   std::unique_ptr<OpenAiHttp> http_;
 };
 
+TEST(HttpServerTest, AnAddressMayBeOfEitherFamily) {
+  HttpOptions options;
+  EXPECT_EQ(ListeningPort(options), "127.0.0.1:0") << "nobody else, unless asked for";
+  options.port = 8000;
+  for (const auto& [host, spelled] :
+       {std::pair("0.0.0.0", "0.0.0.0:8000"), {"::1", "[::1]:8000"}, {"::", "[::]:8000"}}) {
+    options.host = host;
+    EXPECT_EQ(ListeningPort(options), spelled);
+  }
+}
+
+TEST_F(OpenAiHttpTest, ATakenPortIsSaid) {
+  HttpOptions options;
+  options.num_threads = 1;
+  options.port = http_->port();
+  const auto second = OpenAiHttp::Start(options, ChatTemplate::kNone, &harness_.context);
+  EXPECT_TRUE(absl::IsUnavailable(second.status()));
+}
+
 TEST_F(OpenAiHttpTest, TokensAreSentAsTheyCome) {
   Connection connection(http_->port());
   connection.Post("/v1/completions", R"({"prompt":"to be","max_tokens":3,"stream":true})");

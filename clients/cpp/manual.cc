@@ -6,6 +6,11 @@
 namespace minitron::client {
 namespace {
 
+constexpr char kShells[] = "bash zsh fish";
+
+bool TakesShell(const Command& command) { return command.spec.arguments == "SHELL"; }
+bool TakesFile(const OptionSpec& option) { return option.value == "FILE"; }
+
 // In single quotes of a shell.
 std::string Quote(const std::string& text) { return "'" + absl::StrReplaceAll(text, {{"'", "'\\''"}}) + "'"; }
 
@@ -14,7 +19,7 @@ std::string Bash(const std::vector<Command>& commands) {
   std::string cases;
   for (const Command& command : commands) {
     absl::StrAppend(&names, names.empty() ? "" : " ", command.spec.name);
-    std::string words;
+    std::string words = TakesShell(command) ? kShells : "";
     for (const OptionSpec& option : command.spec.options)
       absl::StrAppend(&words, words.empty() ? "--" : " --", option.name);
     absl::StrAppend(&cases, "    ", command.spec.name, ") words='", words, "' ;;\n");
@@ -40,9 +45,10 @@ std::string Zsh(const std::vector<Command>& commands) {
     for (const OptionSpec& option : command.spec.options) {
       absl::StrAppend(&cases, " ",
                       Quote(absl::StrCat("*--", option.name, option.value.empty() ? "" : "=", "[", escape(option.help),
-                                         "]", option.value.empty() ? "" : ":" + escape(option.value))));
+                                         "]", option.value.empty() ? "" : ":" + escape(option.value),
+                                         TakesFile(option) ? ":_files" : "")));
     }
-    absl::StrAppend(&cases, " '*:file:_files' ;;\n");
+    absl::StrAppend(&cases, TakesShell(command) ? absl::StrCat(" '1:shell:(", kShells, ")'") : "", " ;;\n");
   }
   return absl::StrCat(
       "#compdef minitron\n# zsh completion of minitron: put it into a folder of $fpath as _minitron\n",
@@ -56,13 +62,19 @@ std::string Zsh(const std::vector<Command>& commands) {
 std::string Fish(const std::vector<Command>& commands) {
   std::string text =
       "# fish completion of minitron: put it into ~/.config/fish/completions/minitron.fish\n"
-      "complete -c minitron -n __fish_use_subcommand -f\n";
+      "complete -c minitron -f\n";  // no files but where an option takes one
   for (const Command& command : commands) {
     absl::StrAppend(&text, "complete -c minitron -n __fish_use_subcommand -f -a ", command.spec.name, " -d ",
                     Quote(command.spec.summary), "\n");
+    const std::string seen =
+        absl::StrCat("complete -c minitron -n '__fish_seen_subcommand_from ", command.spec.name, "'");
+    if (TakesShell(command)) absl::StrAppend(&text, seen, " -a '", kShells, "'\n");
     for (const OptionSpec& option : command.spec.options) {
-      absl::StrAppend(&text, "complete -c minitron -n '__fish_seen_subcommand_from ", command.spec.name, "' -l ",
-                      option.name, option.value.empty() ? "" : " -r", " -d ", Quote(option.help), "\n");
+      absl::StrAppend(&text, seen, " -l ", option.name,
+                      TakesFile(option)      ? " -r -F"
+                      : option.value.empty() ? ""
+                                             : " -x",
+                      " -d ", Quote(option.help), "\n");
     }
   }
   return text;

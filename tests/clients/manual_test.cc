@@ -32,6 +32,7 @@ TEST(CompletionTest, BashCompletesCommandsAndTheirOptions) {
   EXPECT_EQ(Completed("minitron generate --top", 2), "--top-k --top-p ");
   EXPECT_EQ(Completed("minitron load --top", 2), " ");
   EXPECT_THAT(Completed("minitron load --", 2), HasSubstr("--server "));
+  EXPECT_EQ(Completed("minitron completion z", 2), "zsh ");
 }
 
 TEST(CompletionTest, EveryShellKnowsEveryOption) {
@@ -45,6 +46,18 @@ TEST(CompletionTest, EveryShellKnowsEveryOption) {
     }
   }
   EXPECT_FALSE(CompletionScript("tcsh", Commands()).has_value());
+}
+
+TEST(CompletionTest, FilesAreOfferedWhereAnOptionTakesOne) {
+  const std::vector<Command> commands = {
+      {{"x", "SHELL", "X.", 1, {{"f", "FILE", "a file"}, {"n", "N", "a number"}, {"s", "", "a switch"}}}, nullptr}};
+  const std::string fish = *CompletionScript("fish", commands);
+  EXPECT_THAT(fish, HasSubstr(" -l f -r -F -d 'a file'"));
+  EXPECT_THAT(fish, HasSubstr(" -l n -x -d 'a number'"));
+  EXPECT_THAT(fish, HasSubstr(" -l s -d 'a switch'"));
+  EXPECT_THAT(fish, HasSubstr("from x' -a 'bash zsh fish'"));
+  EXPECT_THAT(*CompletionScript("zsh", commands),
+              HasSubstr("'*--f=[a file]:FILE:_files' '*--n=[a number]:N' '*--s[a switch]' '1:shell:(bash zsh fish)'"));
 }
 
 TEST(CompletionTest, QuotesInATextDoNotEndIt) {

@@ -19,6 +19,7 @@ build_packages=(
   build-essential cmake ninja-build pkg-config ccache git ca-certificates
   libgrpc++-dev libgrpc-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
   prometheus-cpp-dev libcivetweb-dev libcurl4-openssl-dev zlib1g-dev libhwy-dev nlohmann-json3-dev libsentencepiece-dev
+  libedit-dev
 )
 test_packages=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio python3-protobuf python3-yaml curl binutils openssl)
 clients_packages=(python3 python3-venv)

@@ -1,21 +1,25 @@
 // minitron chat.
 #include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <cstdio>
-#include <iostream>
+#include <cstring>
 
 #include "absl/strings/str_cat.h"
 #include "clients/cpp/chat.h"
 #include "clients/cpp/commands.h"
 #include "clients/cpp/format.h"
 #include "clients/cpp/generate_request.h"
+#include "clients/cpp/line_reader.h"
 
 namespace minitron::client {
 namespace {
 
 constexpr char kChatHelp[] =
-    "/undo forgets the last turn, /reset all of them, /quit or Ctrl-D ends, Ctrl-C stops an answer. A line that starts "
-    "with // is sent with one slash.\n";
+    "/undo forgets the last turn, /reset all of them, /save FILE writes what was said, /quit or Ctrl-D ends, Ctrl-C\n"
+    "stops an answer. A line that starts with // is sent with one slash.\n";
+constexpr char kSave[] = "/save ";
 
 // One conversation with the user; `Read` returns at its end.
 class Chat {
@@ -27,16 +31,14 @@ class Chat {
     // A script that pipes its lines in sees answers only.
     const bool prompts = isatty(STDIN_FILENO) != 0;
     if (prompts) std::fputs(kChatHelp, stderr);
+    LineReader reader(prompts);
     std::string line;
-    while (true) {
-      if (prompts) std::fputs("> ", stderr);
-      if (!std::getline(std::cin, line)) break;
+    while (reader.Read(&line)) {
       if (line == "/quit" || line == "/exit") break;
       if (line.empty() || RunsCommand(line)) continue;
       if (line.rfind("//", 0) == 0) line.erase(0, 1);
       if (!Answer(line)) return kExitOutput;
     }
-    if (prompts) std::fputs("\n", stderr);
     return exit_code_;
   }
 
@@ -48,6 +50,8 @@ class Chat {
       conversation_.Reset();
     } else if (line == "/undo") {
       if (!conversation_.Undo()) std::fputs("minitron: nothing to forget\n", stderr);
+    } else if (line.rfind(kSave, 0) == 0) {
+      Save(line.substr(sizeof(kSave) - 1));
     } else if (line == "/help") {
       std::fputs(kChatHelp, stderr);
     } else {
@@ -56,8 +60,53 @@ class Chat {
     return true;
   }
 
+  // Never over another file.
+  void Save(const std::string& path) const {
+    std::FILE* const file = std::fopen(path.c_str(), "wx");
+    const std::string text = conversation_.Transcript();
+    bool ok = file != nullptr && std::fwrite(text.data(), 1, text.size(), file) == text.size();
+    if (file != nullptr) ok = std::fclose(file) == 0 && ok;
+    const std::string shown = ForTerminal(path);
+    if (ok) {
+      std::fprintf(stderr, "minitron: wrote %zu turn%s to %s\n", conversation_.num_turns(),
+                   conversation_.num_turns() == 1 ? "" : "s", shown.c_str());
+    } else {
+      std::fprintf(stderr, "minitron: cannot write %s: %s\n", shown.c_str(), std::strerror(errno));
+    }
+  }
+
+  // How many tokens a prompt may have, so that an answer has room behind it; 0 when the server does not say.
+  int64_t PromptTokens() {
+    if (model_.max_context_tokens() == 0 && session_.client->GetModel(task_.model(), &model_)) return 0;
+    const int64_t context = model_.max_context_tokens();
+    // An answer without a limit of its own takes what is left of the context.
+    const int64_t answer = task_.stopping().has_max_tokens()
+                               ? task_.stopping().max_tokens()
+                               : std::min<int64_t>(model_.default_max_tokens(), context / 2);
+    return context - answer;
+  }
+
+  void ForgetWhatDoesNotFit(const std::string& line) {
+    const int64_t max_tokens = conversation_.num_turns() == 0 ? 0 : PromptTokens();
+    if (max_tokens <= 0) return;
+    const size_t gone = conversation_.Fit(line, max_tokens, [&](const std::string& prompt) -> std::optional<int64_t> {
+      v1::TokenizeRequest request;
+      request.set_model(task_.model());
+      request.set_text(prompt);
+      *request.mutable_options() = task_.tokenize_options();
+      v1::TokenizeResponse response;
+      // What fails here fails again in the answer's call, which says it.
+      if (session_.client->Tokenize(request, &response).has_value()) return std::nullopt;
+      return response.token_ids_size();
+    });
+    if (gone == 0) return;
+    std::fprintf(stderr, "minitron: the oldest %zu turn%s no longer fit%s into the context of %u tokens\n", gone,
+                 gone == 1 ? "" : "s", gone == 1 ? "s" : "", model_.max_context_tokens());
+  }
+
   // Streams the answer. A failed call is said and leaves the conversation as it was. False when the output is closed.
   bool Answer(const std::string& line) {
+    ForgetWhatDoesNotFit(line);
     v1::GenerateStreamRequest request;
     *request.mutable_task() = task_;
     if (const auto error = conversation_.Prompt(line, request.mutable_task()->mutable_text())) {
@@ -92,6 +141,7 @@ class Chat {
   const Session& session_;
   Conversation conversation_;
   const v1::GenerationTask& task_;
+  v1::Model model_;  // empty until it is asked for
   const bool terminal_;
   int exit_code_ = kExitOk;  // of the last answer
 };

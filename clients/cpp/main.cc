@@ -1,5 +1,6 @@
 // minitron: the command-line client. Start-up order: options, signals, client, command.
 #include <pthread.h>
+#include <termios.h>
 #include <unistd.h>
 
 #include <csignal>
@@ -33,6 +34,7 @@ class InterruptThread {
  public:
   // Blocks the signals in the calling thread and in all it starts later: make it before the first gRPC object.
   explicit InterruptThread(Cancellation* cancellation) {
+    has_terminal_ = tcgetattr(STDIN_FILENO, &terminal_) == 0;
     sigemptyset(&signals_);
     sigaddset(&signals_, SIGINT);
     sigaddset(&signals_, SIGTERM);
@@ -41,7 +43,10 @@ class InterruptThread {
     thread_ = std::thread([this, cancellation] {
       int signal = 0;
       while (sigwait(&signals_, &signal) == 0 && signal != SIGUSR1) {
-        if (cancellation->cancelled()) _exit(kExitInterrupted);
+        if (cancellation->cancelled()) {
+          if (has_terminal_) tcsetattr(STDIN_FILENO, TCSANOW, &terminal_);  // a line may be under the editor
+          _exit(kExitInterrupted);
+        }
         cancellation->Cancel();
       }
     });
@@ -53,6 +58,8 @@ class InterruptThread {
   }
 
  private:
+  termios terminal_{};
+  bool has_terminal_ = false;
   sigset_t signals_;
   std::thread thread_;
 };

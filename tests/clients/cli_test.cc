@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <csignal>
+#include <fstream>
 #include <functional>
 #include <thread>
 
@@ -184,6 +185,18 @@ TEST_F(CliTest, ChatAnswersLineByLineAndGoesOnAfterAnError) {
   EXPECT_THAT(outcome.err, HasSubstr("INVALID_ARGUMENT: temperature 3.5 outside [0, 2]"));
   EXPECT_THAT(outcome.err, HasSubstr("no command /nope; /help lists them"));
   EXPECT_EQ(RunCli({"chat", Server()}, nullptr, "fail\n").exit_code, 13);
+}
+
+TEST_F(CliTest, AChatIsSavedToANewFileOnly) {
+  const std::string path = testing::TempDir() + "cli_test_chat_" + std::to_string(getpid());
+  const Outcome outcome =
+      RunCli({"chat", Server()}, nullptr, "hello\n/save " + path + "\n/save " + path + "\n/save /nonexistent/x\n");
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_EQ(outcome.err, "minitron: wrote 1 turn to " + path + "\nminitron: cannot write " + path +
+                             ": File exists\nminitron: cannot write /nonexistent/x: No such file or directory\n");
+  std::ifstream file(path);
+  EXPECT_EQ(std::string(std::istreambuf_iterator<char>(file), {}), "> hello\nHello\n\n");
+  std::remove(path.c_str());
 }
 
 TEST_F(CliTest, InterruptStopsAnAnswerAndTheChatGoesOn) {

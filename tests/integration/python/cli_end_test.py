@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import pty
 import signal
 import subprocess
 import unittest
@@ -51,6 +52,39 @@ class CliTest(server_fixture.ServerTestCase):
     def test_refusals_say_which_field(self):
         self.assertIn("sampling.temperature", self.run_cli("generate", PROMPT, "--temperature", "9", code=13).stderr)
         self.assertIn("nobody", self.run_cli("generate", PROMPT, "--model", "nobody", code=15).stderr)
+
+    def test_a_chat_longer_than_the_context_goes_on_and_says_what_it_forgot(self):
+        lines = "".join(f"line {i}: {PROMPT * 24}\n" for i in range(8))
+        result = subprocess.run([CLI, "chat", "--server", self.server.address, "--max-tokens", "8"], input=lines,
+                                capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertNotIn("INVALID_ARGUMENT", result.stderr)
+        self.assertRegex(result.stderr, r"minitron: the oldest \d+ turns? no longer fits? into the context of 1024 tokens\n")
+
+    def test_lines_on_a_terminal_are_edited_and_remembered(self):
+        process, terminal = pty.fork()
+        if process == 0:
+            os.environ["TERM"] = "xterm"
+            os.execv(CLI, [CLI, "chat", "--server", self.server.address])
+        seen = ""
+
+        def after(keys, text):
+            nonlocal seen
+            os.write(terminal, keys)
+            while text not in seen:
+                seen += os.read(terminal, 4096).decode(errors="replace")
+            seen = seen.split(text, 1)[1]
+
+        after(b"", "> ")
+        after(b"/nope\r", "no command /nope;")
+        after(b"", "> ")
+        after(b"\x1b[A\x01\x1b[C!\r", "no command /!nope;")  # up, to the start, right
+        after(b"", "> ")
+        after("/größe\r".encode(), "no command /größe;")
+        after(b"", "> ")
+        os.write(terminal, b"/quit\r")  # no Ctrl-D: between prompt and editor the terminal would take it
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), 0)
+        os.close(terminal)
 
     def test_an_interrupt_ends_the_request_on_the_server(self):
         process = subprocess.Popen([CLI, "generate", "--server", self.server.address, PROMPT, "--max-tokens", "1000",

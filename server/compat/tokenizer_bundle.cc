@@ -31,7 +31,8 @@ constexpr uint32_t kVersion = 10;         // 1.0: stored files in no folder
 constexpr uint32_t kNoTime = 0x00210000;  // midnight of 1980-01-01, the first that can be said
 
 // What a file's own header and its line in the directory have in common.
-void PutEntry(std::string& out, const std::string& name, const std::string& content) {
+std::string MakeEntry(const std::string& name, const std::string& content) {
+  std::string out;
   Put16(out, kVersion);
   Put16(out, 0);  // flags
   Put16(out, 0);  // stored
@@ -41,6 +42,7 @@ void PutEntry(std::string& out, const std::string& name, const std::string& cont
   Put32(out, content.size());
   Put16(out, static_cast<uint32_t>(name.size()));
   Put16(out, 0);  // extra fields
+  return out;
 }
 
 std::string HexSha256(const std::string& bytes) {
@@ -61,12 +63,12 @@ std::string MakeZip(const std::vector<std::pair<std::string, std::string>>& file
   std::string directory;
   for (const auto& [name, content] : files) {
     const size_t offset = out.size();
+    const std::string entry = MakeEntry(name, content);
     Put32(out, 0x04034B50);
-    PutEntry(out, name, content);
-    absl::StrAppend(&out, name, content);
+    absl::StrAppend(&out, entry, name, content);
     Put32(directory, 0x02014B50);
     Put16(directory, kVersion);
-    PutEntry(directory, name, content);
+    directory += entry;
     Put16(directory, 0);  // comment
     Put16(directory, 0);  // disk
     Put16(directory, 0);  // internal attributes

@@ -44,7 +44,10 @@ struct HistoryReset {
   int32_t slot = 0;
   std::vector<TokenId> prompt;
   std::vector<TokenId> output;
-  const TokenConstraint* constraint = nullptr;  // of the sequence's params, borrowed like them
+  // Of the sequence's params, borrowed like them. On a runner that submits asynchronously a row of a constrained
+  // sequence must not be submitted before the token of its row before has been collected: its mask depends on that
+  // token.
+  const TokenConstraint* constraint = nullptr;
 };
 
 struct Batch {

@@ -230,14 +230,13 @@ TokenId Draw(absl::Span<const float> logits, const ResultRow& row, SamplerScratc
 void TokenHistory::Reset(const HistoryReset& reset) {
   seen_.clear();
   for (const TokenId token : reset.prompt) seen_[token].in_prompt = true;
-  constraint_ = reset.constraint;
-  state_ = constraint_ == nullptr ? 0 : constraint_->start();
+  walk_ = reset.constraint == nullptr ? nullptr : reset.constraint->NewWalk();
   for (const TokenId token : reset.output) AppendOutput(token);
 }
 
 void TokenHistory::AppendOutput(TokenId token) {
   ++seen_[token].output_count;
-  if (constraint_ != nullptr) state_ = constraint_->Advance(state_, token);
+  if (walk_ != nullptr) walk_->Advance(token);
 }
 
 void SelectTop(absl::Span<const float> logits, int k, std::vector<TokenId>& out) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <unordered_map>
 #include <vector>
 
@@ -28,12 +29,11 @@ class TokenHistory {
   void AppendOutput(TokenId token);
   const std::unordered_map<TokenId, Seen>& seen() const { return seen_; }
   // One bit per token id: who may come next. Requires a constraint.
-  absl::Span<const uint64_t> AllowedTokens() const { return constraint_->Allowed(state_); }
+  absl::Span<const uint64_t> AllowedTokens() const { return walk_->Allowed(); }
 
  private:
   std::unordered_map<TokenId, Seen> seen_;
-  const TokenConstraint* constraint_ = nullptr;  // owned by the sequence's params
-  TokenConstraint::State state_ = 0;
+  std::unique_ptr<TokenWalk> walk_;  // null: no constraint
 };
 
 // Work space of one thread, grown to the vocabulary on first use and then reused.

@@ -31,7 +31,7 @@ struct SamplingParams {
       {};             // at most kMaxLogitBiases; ids unique, in [0, vocab); values in [-100, 100]
   uint64_t seed = 0;  // with the output position the only source of randomness
 
-  // What the output may be; null: anything. Not on CUDA. Goes with min_tokens == 0 and an end-of-sequence token.
+  // What the output may be; null: anything. Goes with min_tokens == 0 and an end-of-sequence token.
   std::shared_ptr<const TokenConstraint> constraint = nullptr;
 
   bool HasPenalties() const {

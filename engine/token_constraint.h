@@ -1,24 +1,31 @@
-// TokenConstraint: which tokens a sequence may continue with, as a walk over states. Made by server/, asked by the
-// sampler; immutable, so any thread.
+// TokenConstraint: which tokens a sequence may continue with. Made by server/; immutable, so any thread. TokenWalk: how
+// far one sequence has come in it. The sampler's; one thread at a time.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "absl/types/span.h"
 
 namespace minitron::engine {
 
+class TokenWalk {
+ public:
+  virtual ~TokenWalk() = default;
+
+  // Goes on by `token`, which must be allowed.
+  virtual void Advance(int32_t token) = 0;
+  // One bit per token id, lowest first: who may come next; ids past the end may not. Valid until the next Advance.
+  // If nobody may, the sequence fails.
+  virtual absl::Span<const uint64_t> Allowed() = 0;
+};
+
 class TokenConstraint {
  public:
-  using State = uint32_t;
-
   virtual ~TokenConstraint() = default;
 
-  virtual State start() const = 0;
-  // The state after `token`, which must be allowed in `state`. At most as many look-ups as the token has bytes.
-  virtual State Advance(State state, int32_t token) const = 0;
-  // One bit per token id, lowest first: who may come next; at least one may. Ids past the end may not.
-  virtual absl::Span<const uint64_t> Allowed(State state) const = 0;
+  // A walk at the start. The constraint must outlive its last use.
+  virtual std::unique_ptr<TokenWalk> NewWalk() const = 0;
 };
 
 }  // namespace minitron::engine

@@ -34,8 +34,9 @@ struct Request {
   int num_top_logprobs = -1;         // of generated tokens; -1 none, 0 chosen only
   int num_prompt_top_logprobs = -1;  // of prompt tokens; -1 none, 0 chosen only
   int prompt_logprobs_start = 1;     // first prompt position to report; position 0 has no logprob
-  // The row after each token depends on what the host makes of it (a grammar's mask): never planned ahead of it.
+  // The row after each token depends on what the host makes of it: never planned ahead of it. A constraint implies it.
   bool waits_for_each_token = false;
+  bool WaitsForEachToken() const { return waits_for_each_token || params.constraint != nullptr; }
   int priority = 0;  // higher first
   std::string tenant;
   std::string cache_salt;  // cached prefixes are shared between equal salts only; see PrefixSharing

@@ -45,7 +45,7 @@ void Scheduler::EndAbortedAndExpired(TimePoint now) {
 bool Scheduler::MayRunAhead(const Sequence& sequence) {
   if (sequence.num_unread_tokens() == 0) return true;
   const Request& request = sequence.request();
-  return !request.waits_for_each_token &&
+  return !request.WaitsForEachToken() &&
          sequence.num_output_tokens() + sequence.num_unread_tokens() < request.max_tokens;
 }
 

@@ -251,10 +251,6 @@ absl::Status ReadConstraint(const v1::GenerationTask& task, const ServedModel& m
   if (!task.has_constraint()) return absl::OkStatus();
   const v1::OutputConstraint& constraint = task.constraint();
   constexpr char kField[] = "constraint";
-  if (model.constraints == nullptr) {
-    return ReasonError(absl::StatusCode::kUnimplemented, reason::kUnsupported,
-                       absl::StrCat("constraint: the backend ", model.info.backend, " cannot constrain outputs"));
-  }
   if (task.stopping().min_tokens() > 0) return FieldError(kField, "cannot be kept together with min_tokens");
   if (task.stopping().ignore_eos()) return FieldError(kField, "cannot be kept together with ignore_eos");
   switch (constraint.kind_case()) {

@@ -27,10 +27,9 @@ struct ServedModel {
   engine::GenerationDefaults defaults;
   bool default_add_bos = false;
   int default_max_tokens = 256;
-  int max_queued_requests = 256;         // a request of more sequences could never be admitted
-  const Tokenizer* tokenizer = nullptr;  // owned by main
-  // Null: the backend cannot constrain outputs. Owned by Serving.
-  const constraint::ConstraintCompiler* constraints = nullptr;
+  int max_queued_requests = 256;                                // a request of more sequences could never be admitted
+  const Tokenizer* tokenizer = nullptr;                         // owned by main
+  const constraint::ConstraintCompiler* constraints = nullptr;  // owned by Serving
 };
 
 // What a call brings besides its message.

@@ -138,6 +138,7 @@ Serving::Serving(const ServerOptions& options, const LoadedModel& model, Lifecyc
       metrics_({model.name, model.runner->model_info(), model.runner->num_kv_blocks(), model.runner->block_size()}),
       operator_metrics_(metrics_.registry(), metrics_.labels()),
       security_(std::move(security)),
+      constraints_(model.tokenizer, model.runner->model_info().eos_token_ids),
       tenants_([this](const std::string& tenant) { return security_.auth->table()->LimitsOf(tenant); }, Clock::now,
                [this](const std::string& tenant, int64_t num_tokens) {
                  operator_metrics_.CountTenantRequest(tenant, static_cast<double>(num_tokens));
@@ -151,10 +152,7 @@ Serving::Serving(const ServerOptions& options, const LoadedModel& model, Lifecyc
       on_hang_([] { _exit(kExitHang); }),
       hang_detector_(ToDuration(options.hang_timeout_s), model.longest_step) {
   context_.model = MakeServedModel(options, model);
-  if (model.runner->model_info().backend == "cpu") {
-    constraints_ = std::make_unique<constraint::ConstraintCompiler>(model.tokenizer, context_.model.info.eos_token_ids);
-    context_.model.constraints = constraints_.get();
-  }
+  context_.model.constraints = &constraints_;
   context_.limits = MakeLimits(options, *model.runner);
   if (options.vllm_grpc) context_.tokenizer_bundle = compat::ReadTokenizerBundle(options.model);
   context_.max_request_timeout = ToDuration(options.max_request_timeout_s);

@@ -92,9 +92,8 @@ class Serving {
   Metrics metrics_;
   OperatorMetrics operator_metrics_;
   Security security_;
-  // Before what holds requests; null when the backend cannot constrain.
-  std::unique_ptr<constraint::ConstraintCompiler> constraints_;
-  TenantGate tenants_;  // before output_, whose calls hold charges
+  const constraint::ConstraintCompiler constraints_;  // before what holds requests
+  TenantGate tenants_;                                // before output_, whose calls hold charges
   OutputProcessor output_;
   scheduler::EngineCore core_;
   ServerContext context_;

@@ -51,7 +51,11 @@ absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Create(const NemotronConfig& c
 
 CudaOps::CudaOps(const NemotronConfig& config, const RunnerLimits& limits, std::unique_ptr<cuda::MatMul> matmul,
                  int num_processors)
-    : config_(config), limits_(limits), num_processors_(num_processors), matmul_(std::move(matmul)) {
+    : config_(config),
+      limits_(limits),
+      num_processors_(num_processors),
+      matmul_(std::move(matmul)),
+      walks_(2 * static_cast<size_t>(limits.max_num_sequences)) {
   while ((1 << block_shift_) < limits.block_size) ++block_shift_;
 }
 
@@ -80,11 +84,12 @@ DeviceBuffer<T> CudaOps::AllocateOrFail(int64_t count, const char* name) {
 template DeviceBuffer<Bf16> CudaOps::AllocateOrFail<Bf16>(int64_t, const char*);
 template DeviceBuffer<float> CudaOps::AllocateOrFail<float>(int64_t, const char*);
 
-// A step samples one row per sequence and refills at most one history per sequence.
+// A step samples one row per sequence, each with a mask at most, and refills at most one history per sequence.
 SampleLayout CudaOps::LargestSampleLayout() const {
   const int64_t sequences = limits_.max_num_sequences;
   const int64_t edits = kMaxLogitBiases + kMaxStopTokens + static_cast<int64_t>(config_.eos_token_ids.size());
-  return SampleLayout(MaxResults(), sequences * edits, sequences * limits_.max_context_tokens);
+  return SampleLayout(MaxResults(), sequences * edits, sequences * limits_.max_context_tokens,
+                      sequences * MaskWords(config_.vocab_size));
 }
 
 template <typename Visit>

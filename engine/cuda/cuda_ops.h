@@ -95,9 +95,22 @@ class CudaOps {
     absl::Span<const ResultRow> rows;
     absl::Span<ResultRowOutput> outputs;
   };
+  // A result row whose token the walk of its history slot is waiting for.
+  struct ConstrainedRow {
+    int result_row = 0;
+    int history_slot = 0;
+    int64_t epoch = 0;
+  };
   struct Step {
     int slot = 0;
     std::vector<Pending> pending;
+    std::vector<ConstrainedRow> constrained;
+  };
+  // How far a history slot's constraint has come; on the host, because that is where masks are made.
+  struct Walk {
+    std::unique_ptr<TokenWalk> walk;  // null: no constraint
+    int64_t epoch = 0;                // counts resets: a row of the slot's former sequence may still be in flight
+    bool waits = false;               // for the token of a row in flight
   };
   struct Recorded {
     int rows = 0;
@@ -126,6 +139,9 @@ class CudaOps {
   ForwardCounts RecordedCounts(int rows) const;
   BatchView ViewOf(const ForwardCounts& counts) const;
   void CopyForward(const ForwardCounts& counts);
+  void ResetWalks(const Batch& batch);
+  void AddMasks(const Batch& batch, StepPlan& plan, Step& step);
+  void AdvanceWalks(const Slot& slot, const Step& step);
   void UploadSample(const Batch& batch, const StepPlan& plan, Slot& slot);
   SampleLayout LargestSampleLayout() const;
   AttentionParams Attention(int layer, ConstMatrix q, Matrix out) const;
@@ -174,11 +190,12 @@ class CudaOps {
   DeviceBuffer<TopLogprob> top_;
   Slot slots_[2];
   std::vector<Recorded> recorded_;
+  std::vector<Walk> walks_;  // by history slot
 
   // The step being enqueued.
   ForwardCounts counts_;
   ForwardLayout layout_{ForwardCounts()};
-  SampleLayout sample_layout_{0, 0, 0};
+  SampleLayout sample_layout_{0, 0, 0, 0};
   SampleNeeds needs_;
   bool recorded_step_ = false;
   int num_tiles_ = 0;

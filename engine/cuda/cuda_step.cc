@@ -114,9 +114,11 @@ bool CudaOps::Replay(const BatchView& view) {
 BatchView CudaOps::Upload(const Batch& batch) {
   CHECK(steps_.size() < 2 && static_cast<int>(batch.results.size()) <= MaxResults());
   Slot& slot = slots_[next_slot_];  // of the step before the one before, which has been waited for
-  steps_.push_back({.slot = next_slot_, .pending = {}});
+  steps_.push_back({.slot = next_slot_, .pending = {}, .constrained = {}});
   next_slot_ = 1 - next_slot_;
-  const StepPlan plan(batch, config_.vocab_size, config_.group_size());
+  StepPlan plan(batch, config_.vocab_size, config_.group_size());
+  ResetWalks(batch);
+  AddMasks(batch, plan, steps_.back());
   counts_ = CountsFor(batch, plan);
   layout_ = ForwardLayout(counts_);
   recorded_step_ = plan.decode_only && !recorded_.empty();
@@ -134,12 +136,44 @@ BatchView CudaOps::Upload(const Batch& batch) {
   return ViewOf(counts_);
 }
 
+void CudaOps::ResetWalks(const Batch& batch) {
+  for (const HistoryReset& reset : batch.history_resets) {
+    Walk& walk = walks_[reset.slot];
+    walk = {.walk = reset.constraint == nullptr ? nullptr : reset.constraint->NewWalk(), .epoch = walk.epoch + 1};
+    if (walk.walk == nullptr) continue;
+    for (const TokenId token : reset.output) walk.walk->Advance(token);
+  }
+}
+
+void CudaOps::AddMasks(const Batch& batch, StepPlan& plan, Step& step) {
+  for (size_t r = 0; r < batch.results.size(); ++r) {
+    const ResultRow& row = batch.results[r];
+    if (row.params == nullptr || row.params->constraint == nullptr) continue;
+    Walk& walk = walks_[row.history_slot];
+    CHECK(walk.walk != nullptr && !walk.waits);
+    plan.AddMask(static_cast<int>(r), walk.walk->Allowed());
+    walk.waits = true;
+    step.constrained.push_back({static_cast<int>(r), row.history_slot, walk.epoch});
+  }
+}
+
+void CudaOps::AdvanceWalks(const Slot& slot, const Step& step) {
+  const auto* outputs = reinterpret_cast<const SampleOutput*>(slot.results.data());
+  for (const ConstrainedRow& row : step.constrained) {
+    Walk& walk = walks_[row.history_slot];
+    if (walk.epoch != row.epoch) continue;
+    walk.waits = false;
+    if (outputs[row.result_row].failed == 0) walk.walk->Advance(outputs[row.result_row].token);
+  }
+}
+
 void CudaOps::UploadSample(const Batch& batch, const StepPlan& plan, Slot& slot) {
   sample_layout_ = SampleLayout(static_cast<int>(batch.results.size()), static_cast<int64_t>(plan.edits.size()),
-                                static_cast<int64_t>(plan.history.size()));
+                                static_cast<int64_t>(plan.history.size()),
+                                static_cast<int64_t>(plan.masks.size()) * MaskWords(config_.vocab_size));
   CHECK(sample_layout_.end <= sample_arrays_.size());
   if (!status_.ok()) return;
-  FillSample(batch, plan, slot.sample.data());
+  FillSample(batch, plan, config_.vocab_size, slot.sample.data());
   if (sample_layout_.end > 0) {
     Check(cudaMemcpyAsync(sample_arrays_.data(), slot.sample.data(), static_cast<size_t>(sample_layout_.end),
                           cudaMemcpyHostToDevice, stream_.get()),
@@ -181,6 +215,7 @@ void CudaOps::Sample(MatrixView<float> logits, absl::Span<const ResultRow> rows,
                         config_.vocab_size,
                         SampleArray<SampleRow>(sample_layout_.rows) + first_row,
                         SampleArray<LogitEdit>(sample_layout_.edits),
+                        SampleArray<uint32_t>(sample_layout_.masks),
                         history_.data(),
                         result_tokens_.data() + first_row,
                         outputs_.data() + first_row,
@@ -213,6 +248,7 @@ absl::Status CudaOps::Wait() {
   if (status_.ok()) Check(cudaEventSynchronize(slot.done.get()), "wait for the step");
   if (!status_.ok()) return absl::InternalError(status_.message());  // after start, whatever failed is the device
   for (const Pending& pending : step.pending) FillOutputs(slot, pending);
+  AdvanceWalks(slot, step);
   return absl::OkStatus();
 }
 

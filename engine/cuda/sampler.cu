@@ -1,5 +1,5 @@
-// The sampler's first kernels: one pass over the raw logits with penalties, biases and bans, then the row's verdict;
-// and the token histories penalties need. Calls the others in order.
+// The sampler's first kernels: one pass over the raw logits with masks, penalties, biases and bans, then the row's
+// verdict; and the token histories penalties need. Calls the others in order.
 #include "engine/cuda/sampler.cuh"
 
 namespace minitron::engine::cuda {
@@ -16,6 +16,8 @@ AddToHistoryKernel(const HistoryToken* tokens, int num_tokens, uint32_t* history
     AtomicOr(entry, kInPrompt);
   }
 }
+
+constexpr uint32_t kMinusInfinity = 0xFF800000u;
 
 DEVICE float Penalised(float logit, const SampleRow& row, uint32_t seen) {
   if (seen == 0) return logit;
@@ -65,10 +67,16 @@ KERNEL(kSampleThreads) ReadLogitsKernel(SampleCall call) {
       if (edit.token >= first && edit.token < first + kSampleTile) edited[edit.token] += edit.bias;
     }
     SyncThreads();
+    const uint32_t* mask = row.mask >= 0 ? call.masks + row.mask * MaskWords(call.vocab) : nullptr;
     best = 0;
+    UNROLL_BY(4)
     for (int i = 0; i < kPerThread; ++i) {
       const int token = TileToken(i);
       if (token >= call.vocab) break;
+      if (mask != nullptr && (mask[token / 32] >> (token % 32) & 1) == 0) {
+        edited[token] = BitsToFloat(kMinusInfinity);
+        continue;
+      }
       const uint64_t key = KeyOf(edited[token], token);
       best = key > best ? key : best;
     }

@@ -32,9 +32,15 @@ struct SampleRow {
   float min_p;               // 0: off
   float repetition_penalty, presence_penalty, frequency_penalty;
   int32_t first_edit, num_edits;  // of this row in the step's edits
+  int32_t mask;                   // its place in the step's masks, or -1: every token is allowed
 };
-HOST_DEVICE constexpr bool IsEdited(const SampleRow& row) { return row.uses_history != 0 || row.num_edits > 0; }
+HOST_DEVICE constexpr bool IsEdited(const SampleRow& row) {
+  return row.uses_history != 0 || row.num_edits > 0 || row.mask >= 0;
+}
 HOST_DEVICE constexpr bool IsDrawn(const SampleRow& row) { return row.target < 0 && row.temperature > 0.0f; }
+
+// Words of a mask: one bit per token, lowest first; a token without its bit is banned.
+HOST_DEVICE constexpr int64_t MaskWords(int vocab) { return (int64_t{vocab} + 31) / 32; }
 
 // Added to a token's logit. Minus infinity bans it. A token occurs once per row.
 struct LogitEdit {
@@ -86,6 +92,7 @@ struct SampleCall {
   int num_rows, vocab;
   const SampleRow* rows;
   const LogitEdit* edits;
+  const uint32_t* masks;   // [masks, MaskWords(V)]
   uint32_t* history;       // [slots, V]; sampled tokens are added
   int32_t* result_tokens;  // [rows]: what the next step may refer to
   SampleOutput* outputs;   // [rows]

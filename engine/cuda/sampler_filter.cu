@@ -35,6 +35,7 @@ KERNEL(kSampleThreads) CountBinsKernel(SampleCall call, Filter filter, int level
   for (int i = 0; i < kPerThread; ++i) {
     const int token = TileToken(i);
     if (token >= call.vocab) break;
+    if (NotFinite(logits[token])) continue;  // banned; a mask bans nearly all, which would queue for one bin
     const uint64_t key = KeyOf(logits[token], token);
     const uint64_t bits = key >> LowBits(level);
     if (key < state.cut || bits >> kRadixBits != state.prefix) continue;

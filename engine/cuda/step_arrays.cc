@@ -53,12 +53,13 @@ ForwardLayout::ForwardLayout(const ForwardCounts& c) {
   end = cursor.end();
 }
 
-SampleLayout::SampleLayout(int num_results, int64_t num_edits, int64_t num_history_tokens) {
+SampleLayout::SampleLayout(int num_results, int64_t num_edits, int64_t num_history_tokens, int64_t num_mask_words) {
   Cursor cursor;
   token_rows = cursor.Take<int32_t>(num_results);
   rows = cursor.Take<SampleRow>(num_results);
   edits = cursor.Take<LogitEdit>(num_edits);
   history = cursor.Take<HistoryToken>(num_history_tokens);
+  masks = cursor.Take<uint32_t>(num_mask_words);
   end = cursor.end();
 }
 
@@ -94,12 +95,12 @@ void StepPlan::AddResult(const ResultRow& row, int vocab) {
   out.history_slot = row.history_slot;
   out.top_p = 1.0f;
   out.first_edit = static_cast<int32_t>(edits.size());
+  out.mask = kNone;
   CHECK(row.num_top_logprobs <= kMaxTopLogprobs);
   if (row.target == kNone) {
     const SamplingParams& params = *row.params;
     out.uniform = UniformForPosition(params.seed, row.output_position);
-    CHECK(params.constraint == nullptr);
-    out.uses_history = params.NeedsHistory() ? 1 : 0;
+    out.uses_history = params.HasPenalties() ? 1 : 0;
     CHECK(out.uses_history == 0 || row.history_slot != kNone);
     out.temperature = params.temperature;
     out.top_k = params.top_k < vocab ? params.top_k : 0;
@@ -125,6 +126,11 @@ void StepPlan::AddResult(const ResultRow& row, int vocab) {
   sample_rows.push_back(out);
 }
 
+void StepPlan::AddMask(int result_row, absl::Span<const uint64_t> mask) {
+  sample_rows[result_row].mask = static_cast<int32_t>(masks.size());
+  masks.push_back(mask);
+}
+
 void FillForward(const Batch& batch, const StepPlan& plan, const ForwardCounts& counts, int64_t scratch_slot,
                  unsigned char* memory) {
   const ForwardLayout layout(counts);
@@ -143,14 +149,23 @@ void FillForward(const Batch& batch, const StepPlan& plan, const ForwardCounts& 
   Put(batch.block_ids, layout.block_ids, memory);
 }
 
-void FillSample(const Batch& batch, const StepPlan& plan, unsigned char* memory) {
+void FillSample(const Batch& batch, const StepPlan& plan, int vocab, unsigned char* memory) {
   const SampleLayout layout(static_cast<int>(batch.results.size()), static_cast<int64_t>(plan.edits.size()),
-                            static_cast<int64_t>(plan.history.size()));
+                            static_cast<int64_t>(plan.history.size()),
+                            static_cast<int64_t>(plan.masks.size()) * MaskWords(vocab));
   auto* token_rows = reinterpret_cast<int32_t*>(memory + layout.token_rows);
   for (size_t r = 0; r < batch.results.size(); ++r) token_rows[r] = batch.results[r].token_row;
   Put(plan.sample_rows, layout.rows, memory);
   Put(plan.edits, layout.edits, memory);
   Put(plan.history, layout.history, memory);
+  const auto mask_bytes = static_cast<size_t>(MaskWords(vocab)) * sizeof(uint32_t);
+  unsigned char* to = memory + layout.masks;
+  for (const absl::Span<const uint64_t> mask : plan.masks) {
+    const size_t given = std::min(mask.size() * sizeof(uint64_t), mask_bytes);
+    std::memcpy(to, mask.data(), given);  // two words of the device are one of the host's: both are little-endian
+    std::memset(to + given, 0, mask_bytes - given);
+    to += mask_bytes;
+  }
 }
 
 }  // namespace minitron::engine::cuda

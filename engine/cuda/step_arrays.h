@@ -30,8 +30,8 @@ struct ForwardLayout {
 
 // Offsets of the arrays of sampling.
 struct SampleLayout {
-  SampleLayout(int num_results, int64_t num_edits, int64_t num_history_tokens);
-  int64_t token_rows, rows, edits, history, end;
+  SampleLayout(int num_results, int64_t num_edits, int64_t num_history_tokens, int64_t num_mask_words);
+  int64_t token_rows, rows, edits, history, masks, end;
 };
 
 // The work of a batch, counted and collected once.
@@ -47,7 +47,11 @@ struct StepPlan {
   std::vector<SampleRow> sample_rows;
   std::vector<LogitEdit> edits;
   std::vector<HistoryToken> history;
+  // Of rows with a constraint, 64 tokens a word; borrowed until FillSample.
+  std::vector<absl::Span<const uint64_t>> masks;
   SampleNeeds needs;
+
+  void AddMask(int result_row, absl::Span<const uint64_t> mask);
 
  private:
   void AddSequence(const Batch& batch, int sequence, int group_size);
@@ -58,6 +62,6 @@ struct StepPlan {
 // to `scratch_slot` of the cache, seen by no attention.
 void FillForward(const Batch& batch, const StepPlan& plan, const ForwardCounts& counts, int64_t scratch_slot,
                  unsigned char* memory);
-void FillSample(const Batch& batch, const StepPlan& plan, unsigned char* memory);
+void FillSample(const Batch& batch, const StepPlan& plan, int vocab, unsigned char* memory);
 
 }  // namespace minitron::engine::cuda

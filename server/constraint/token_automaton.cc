@@ -95,6 +95,23 @@ int64_t TokenAutomaton::Collect(State state, std::vector<uint64_t>& set) const {
   return num_visited;
 }
 
+namespace {
+
+class AutomatonWalk final : public engine::TokenWalk {
+ public:
+  explicit AutomatonWalk(const TokenAutomaton& automaton) : automaton_(automaton) {}
+  void Advance(TokenId token) override { state_ = automaton_.Advance(state_, token); }
+  absl::Span<const uint64_t> Allowed() override { return automaton_.Allowed(state_); }
+
+ private:
+  const TokenAutomaton& automaton_;  // owned by the sequence's params
+  TokenAutomaton::State state_ = ByteAutomaton::kStart;
+};
+
+}  // namespace
+
+std::unique_ptr<engine::TokenWalk> TokenAutomaton::NewWalk() const { return std::make_unique<AutomatonWalk>(*this); }
+
 TokenAutomaton::State TokenAutomaton::Advance(State state, TokenId token) const {
   for (const char byte : vocabulary_.bytes(token)) state = bytes_.Next(state, static_cast<unsigned char>(byte));
   CHECK(state != ByteAutomaton::kDead);

@@ -53,9 +53,13 @@ class TokenAutomaton final : public engine::TokenConstraint {
   static absl::StatusOr<std::shared_ptr<const TokenAutomaton>> Make(ByteAutomaton bytes, const Vocabulary& vocabulary,
                                                                     const TokenAutomatonLimits& limits);
 
-  State start() const override { return ByteAutomaton::kStart; }
-  State Advance(State state, TokenId token) const override;
-  absl::Span<const uint64_t> Allowed(State state) const override { return sets_[set_of_state_[state]]; }
+  using State = ByteAutomaton::State;
+
+  std::unique_ptr<engine::TokenWalk> NewWalk() const override;
+
+  // The state after `token`, which must be allowed in `state`. As many look-ups as the token has bytes.
+  State Advance(State state, TokenId token) const;
+  absl::Span<const uint64_t> Allowed(State state) const { return sets_[set_of_state_[state]]; }
 
   int64_t num_bytes() const;
 

@@ -43,10 +43,11 @@ struct Trace {
 struct Schedule {
   int threads = 1;
   int block_size = 16;
-  int max_running = 1;   // sequences per batch
-  int max_chunk = 1000;  // prompt tokens of one sequence per step
-  uint64_t seed = 1;     // chunk sizes, block ids, order in the batch
-  bool overlap = false;  // submit a step before the one before is collected
+  int max_running = 1;            // sequences per batch
+  int max_chunk = 1000;           // prompt tokens of one sequence per step
+  uint64_t seed = 1;              // chunk sizes, block ids, order in the batch
+  bool overlap = false;           // submit a step before the one before is collected
+  bool constrained_wait = false;  // constrained jobs are not submitted ahead of their last token
   DType dtype = DType::kBf16;
 };
 
@@ -106,7 +107,7 @@ class Driver {
       }
       if (running_.empty()) break;
       SubmitStep();
-      if (!schedule_.overlap || in_flight_.size() == 2) CollectStep();
+      if (in_flight_.size() == (schedule_.overlap ? 2u : 1u)) CollectStep();
       Retire();
     }
     while (!in_flight_.empty()) CollectStep();
@@ -151,7 +152,9 @@ class Driver {
     for (Running& sequence : running_) {
       const int wanted = TargetLength(sequence) - sequence.num_computed;
       const int chunk = static_cast<int>(random_() % schedule_.max_chunk) + 1;
-      const int count = std::min({wanted, chunk, budget});
+      const bool waits = schedule_.constrained_wait && jobs_[sequence.job].params.constraint != nullptr &&
+                         static_cast<int>(sequence.tokens.size()) < TargetLength(sequence);
+      const int count = waits ? 0 : std::min({wanted, chunk, budget});
       if (count == 0) {
         sequence.last_result_row = -1;
         continue;
@@ -159,6 +162,7 @@ class Driver {
       budget -= count;
       AddSequence(sequence, count, *step);
     }
+    if (step->batch.num_tokens() == 0) return CollectStep();  // all wait
     ASSERT_TRUE(runner_->Submit(step->batch).ok());
     in_flight_.push_back(std::move(step));
   }

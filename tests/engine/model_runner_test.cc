@@ -12,6 +12,7 @@
 #include "engine/cpu/aligned_buffer.h"
 #include "gtest/gtest.h"
 #include "tests/engine/model_runner_driver.h"
+#include "tests/engine/test_constraints.h"
 
 namespace minitron::engine {
 namespace {
@@ -90,26 +91,9 @@ TEST_P(ModelRunnerTest, TokenFromPreviousResultEqualsHostToken) {
   ExpectSame(Alone(jobs), Driver(jobs, schedule).Run(), "submitted ahead");
 }
 
-// Token t may follow where t mod 3 is the state; the state counts the tokens so far.
-class ByCount final : public TokenConstraint {
- public:
-  explicit ByCount(int vocab_size) {
-    for (int rest = 0; rest < 3; ++rest) {
-      allowed_[rest].resize((vocab_size + 63) / 64);
-      for (int token = rest; token < vocab_size; token += 3) allowed_[rest][token / 64] |= uint64_t{1} << (token % 64);
-    }
-  }
-  State start() const override { return 0; }
-  State Advance(State state, TokenId) const override { return (state + 1) % 3; }
-  absl::Span<const uint64_t> Allowed(State state) const override { return allowed_[state]; }
-
- private:
-  std::array<std::vector<uint64_t>, 3> allowed_;
-};
-
 TEST_P(ModelRunnerTest, AConstraintHoldsAtEveryTokenAndInEveryBatch) {
   std::vector<Job> jobs = RandomJobs(10, 9);
-  const auto constraint = std::make_shared<ByCount>(SmallConfig().vocab_size);
+  const auto constraint = std::make_shared<Sets>(Sets::ByCount(SmallConfig().vocab_size));
   for (size_t job = 0; job < jobs.size(); job += 2) jobs[job].params.constraint = constraint;
   const std::vector<Trace> alone = Alone(jobs);
   for (size_t job = 0; job < jobs.size(); job += 2) {

@@ -124,7 +124,7 @@ void BatchChecker::CheckMayRun(const engine::Batch& batch, int s, const Sequence
   violations_->Expect(!sequence.abort_requested() && (!late || request.num_sequences > 1),
                       "nobody runs who was cancelled or is too late:", sequence.id());
   violations_->Expect(
-      !request.waits_for_each_token || !engine::IsFromPreviousResult(batch.token_ids[batch.query_start[s]]),
+      !request.WaitsForEachToken() || !engine::IsFromPreviousResult(batch.token_ids[batch.query_start[s]]),
       "nobody who wants to see each token is run ahead of it:", sequence.id());
 }
 

@@ -17,6 +17,7 @@
 #include "engine/model_runner_impl.h"
 #include "gtest/gtest.h"
 #include "scheduler/engine_core.h"
+#include "tests/engine/test_constraints.h"
 
 namespace minitron::scheduler {
 
@@ -97,6 +98,9 @@ inline std::vector<Request> RandomRequests(std::mt19937_64& random, const Reques
     request.params.frequency_penalty = pick(0, 2) == 0 ? 0.5f : 0.0f;
     request.params.seed = random();
     request.priority = pick(-1, 1);
+    if (request.min_tokens == 0 && i % 3 == 2) {
+      request.params.constraint = std::make_shared<engine::Sets>(engine::Sets::ByCount(sizes.vocab_size));
+    }
   }
   return requests;
 }

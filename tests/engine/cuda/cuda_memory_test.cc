@@ -1,4 +1,5 @@
 // What a runner of the CUDA backend takes of the device's memory and what it refuses, each by name.
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "gtest/gtest.h"
 #include "tests/engine/cuda/runner_fixture.h"
 #include "tests/engine/random_model.h"
+#include "tests/engine/test_constraints.h"
 
 namespace minitron::engine::cuda {
 namespace {
@@ -105,7 +107,7 @@ TEST(CudaMemoryTest, WhatDoesNotFitIsRefusedWithTheSum) {
   }
 }
 
-// What asks for the most a step may ask for: biases and histories cross to the device in arrays made at start.
+// What asks for the most a step may ask for: biases, masks and histories cross to the device in arrays made at start.
 TEST(CudaMemoryTest, TheLargestSamplingRequestNeedsNoMemory) {
   const RandomModel model(CudaConfig(), DType::kBf16, 1);
   const RunnerLimits limits{
@@ -113,6 +115,7 @@ TEST(CudaMemoryTest, TheLargestSamplingRequestNeedsNoMemory) {
   const auto runner = MakeCuda(model, limits);
   const emulation::LiveObjects ready = emulation::CountLiveObjects();
   SamplingParams params{.repetition_penalty = 1.1f};
+  params.constraint = std::make_shared<Sets>(Sets::ByCount(131));
   for (TokenId token = 0; token < 131; ++token) params.logit_bias.emplace_back(token, 1.0f);
   const std::vector<TokenId> history(64, 5);
   Batch batch;
@@ -125,7 +128,7 @@ TEST(CudaMemoryTest, TheLargestSamplingRequestNeedsNoMemory) {
     batch.block_start.push_back(s + 1);
     batch.kv_lens.push_back(1);
     batch.results.push_back({.token_row = s, .sequence = s, .history_slot = s, .params = &params});
-    batch.history_resets.push_back({s, history, history});
+    batch.history_resets.push_back({s, history, history, params.constraint.get()});
   }
   ASSERT_TRUE(runner->Submit(batch).ok());
   EXPECT_TRUE(runner->Collect().ok());

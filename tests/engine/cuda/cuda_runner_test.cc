@@ -16,6 +16,7 @@
 #include "gtest/gtest.h"
 #include "tests/engine/cuda/runner_fixture.h"
 #include "tests/engine/model_runner_driver.h"
+#include "tests/engine/test_constraints.h"
 
 namespace minitron::engine::cuda {
 namespace {
@@ -49,6 +50,22 @@ TEST(CudaRunnerTest, BlockIdsAndBlockSizeDoNotMatter) {
 TEST(CudaRunnerTest, TokensThatStayOnTheDeviceEqualHostTokens) {
   const std::vector<Job> jobs = RandomJobs(6, 8);
   ExpectSame(RunJobs(jobs, {}), RunJobs(jobs, {.max_running = 4, .overlap = true}), "submitted ahead");
+}
+
+// A freed slot is taken while the last row of its former, constrained sequence is still in flight.
+TEST(CudaRunnerTest, AConstraintHoldsAtEveryTokenAndInEveryBatch) {
+  std::vector<Job> jobs = RandomJobs(9, 8, 20);
+  const std::vector<Trace> unconstrained = RunJobs(jobs, {});
+  const auto constraint = std::make_shared<Sets>(Sets::ByCount(CudaConfig().vocab_size));
+  for (size_t job = 0; job < jobs.size(); job += 2) jobs[job].params.constraint = constraint;
+  const std::vector<Trace> alone = RunJobs(jobs, {});
+  const Schedule mixed{.max_running = 4, .max_chunk = 7, .overlap = true, .constrained_wait = true};
+  ExpectSame(alone, RunJobs(jobs, mixed), "constrained among others");
+  for (size_t job = 0; job < jobs.size(); ++job) {
+    EXPECT_EQ(alone[job] == unconstrained[job], job % 2 == 1) << job;
+    if (job % 2 == 1) continue;
+    for (size_t i = 0; i < alone[job].tokens.size(); ++i) EXPECT_TRUE(Has(constraint->At(i), alone[job].tokens[i]));
+  }
 }
 
 TEST(CudaRunnerTest, LongContextsCrossChunksWithTheSameBits) {

@@ -1,6 +1,7 @@
 // The CUDA backend in emulation under the real EngineCore: what a client of the server gets when there is a GPU, up to
 // the speed. Chunked prompts, recorded decode steps, prefix cache, preemption and steps submitted ahead, together.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -13,8 +14,10 @@
 #include "engine/cuda/cuda_model_runner.h"
 #include "engine/cuda/device.h"
 #include "engine/nemotron_weights.h"
+#include "engine/philox.h"
 #include "gtest/gtest.h"
 #include "tests/engine/random_model.h"
+#include "tests/engine/test_constraints.h"
 #include "tests/simulation/engine_harness.h"
 
 namespace minitron::scheduler {
@@ -169,6 +172,122 @@ TEST(CudaServingTest, TheShippedModelServesTheCpuBackendsTokens) {
     }
   }
   EXPECT_GE(num_compared, 40) << "too many ties to say anything";
+}
+
+// Every token event of some requests through the real EngineCore, and how each ended.
+class Events : public StepSink {
+ public:
+  Events(engine::ModelRunner& runner, const std::vector<Request>& requests) {
+    EngineCore core({}, &runner, this, [] { return TimePoint(std::chrono::seconds(1)); });
+    for (const Request& request : requests) EXPECT_TRUE(core.Submit(request).ok());
+    while (core.Step()) continue;
+    EXPECT_TRUE(core.idle());
+  }
+  void OnStep(StepOutput output) override {
+    for (const TokenEvent& event : output.tokens) rows[event.id].push_back(event.output);
+    for (const FinishEvent& event : output.finished) reasons[event.id] = event.reason;
+  }
+
+  std::map<RequestId, std::vector<engine::ResultRowOutput>> rows;
+  std::map<RequestId, FinishReason> reasons;
+};
+
+// Greedy and sampled in turn, every other one constrained; logprobs of the whole vocabulary.
+std::vector<Request> HalfConstrained(const std::shared_ptr<const engine::Sets>& constraint) {
+  std::vector<Request> requests(8);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    Request& request = requests[i];
+    request.id = i + 1;
+    for (size_t k = 0; k < 5 + i; ++k) request.prompt_token_ids.push_back(static_cast<TokenId>((7 * i + 3 * k) % 32));
+    request.max_tokens = 12;
+    request.num_top_logprobs = 32;
+    request.params = {.temperature = i % 4 < 2 ? 0.0f : 1.0f, .seed = 100 + i};
+    if (i % 2 == 0) request.params.constraint = constraint;
+  }
+  return requests;
+}
+
+// The token a row has to give by its own logprobs, and how near (in logits, or in the draw's probability) it came to
+// another.
+std::pair<TokenId, float> Choose(const Request& request, const engine::ResultRowOutput& row, int position) {
+  const auto* sets = static_cast<const engine::Sets*>(request.params.constraint.get());
+  std::vector<engine::TokenLogprob> allowed;
+  for (const engine::TokenLogprob& token : row.top) {
+    if (engine::Has(sets->At(position), token.token_id)) allowed.push_back(token);
+  }
+  if (allowed.size() == 1) return {allowed[0].token_id, INFINITY};
+  if (request.params.temperature == 0.0f) return {allowed[0].token_id, allowed[0].logprob - allowed[1].logprob};
+  std::sort(allowed.begin(), allowed.end(), [](const auto& a, const auto& b) { return a.token_id < b.token_id; });
+  double total = 0.0, sum = 0.0, margin = 1.0;
+  for (const auto& token : allowed) total += std::exp(token.logprob);
+  const double u = engine::UniformForPosition(request.params.seed, position);
+  TokenId chosen = -1;
+  for (const auto& token : allowed) {
+    sum += std::exp(token.logprob) / total;
+    if (chosen < 0 && u < sum) chosen = token.token_id;
+    if (&token != &allowed.back()) margin = std::min(margin, std::abs(u - sum));
+  }
+  return {chosen, static_cast<float>(margin)};
+}
+
+// Within what bf16 activations may move, and as far as the tokens before are the same.
+TEST(CudaServingTest, ConstrainedRequestsGetTheCpuBackendsTokens) {
+  constexpr float kTie = 0.05f;
+  const engine::RandomModel model(TinyConfig(), engine::DType::kBf16, 5);
+  const engine::RunnerLimits limits{
+      .block_size = 8, .num_kv_blocks = 64, .max_num_sequences = 8, .max_num_tokens = 32, .max_context_tokens = 64};
+  const auto sets = std::make_shared<engine::Sets>(std::vector<engine::TokenSet>{
+      engine::SetOf({1, 4, 9, 11, 30}), engine::SetOf({31}), engine::SetOf({0, 2, 4, 6, 8, 10, 12, 14, 16})});
+  const std::vector<Request> requests = HalfConstrained(sets);
+  const auto cpu_runner = engine::cpu::CreateCpuModelRunner(model.config(), model.weights(), nullptr, limits, 1);
+  const auto device = MakeCuda(model.config(), model.weights(), limits);
+  const Events cpu(*cpu_runner, requests);
+  const Events cuda(*device, requests);
+  int num_compared = 0;
+  for (const Request& request : requests) {
+    if (request.params.constraint == nullptr) continue;
+    const auto& want = cpu.rows.at(request.id);
+    const auto& got = cuda.rows.at(request.id);
+    ASSERT_EQ(want.size(), 12u);
+    ASSERT_EQ(got.size(), 12u);
+    for (size_t i = 0; i < want.size(); ++i) {
+      EXPECT_TRUE(engine::Has(sets->At(i), got[i].token_id)) << request.id << " token " << i;
+    }
+    for (size_t i = 0; i < want.size(); ++i, ++num_compared) {
+      const auto [token, margin] = Choose(request, want[i], static_cast<int>(i));
+      EXPECT_EQ(want[i].token_id, token) << request.id << " token " << i;
+      if (got[i].token_id == token) continue;
+      EXPECT_LT(margin, kTie) << request.id << " token " << i;
+      break;
+    }
+  }
+  EXPECT_GE(num_compared, 40) << "too many ties to say anything";
+}
+
+// Constrained neighbours, one of which has nothing to choose from at its third token, change no bit of the others.
+TEST(CudaServingTest, ConstraintsAndTheirFailuresStayWithTheirRequest) {
+  const engine::RandomModel model(TinyConfig(), engine::DType::kBf16, 5);
+  const engine::RunnerLimits limits{
+      .block_size = 8, .num_kv_blocks = 64, .max_num_sequences = 9, .max_num_tokens = 32, .max_context_tokens = 64};
+  const auto sets = std::make_shared<engine::Sets>(engine::Sets::ByCount(32));
+  std::vector<Request> requests = HalfConstrained(sets);
+  Request dead_end = requests[0];
+  dead_end.id = 9;
+  dead_end.params.constraint = std::make_shared<engine::Sets>(
+      std::vector<engine::TokenSet>{engine::SetOf({5}), engine::SetOf({6, 7}), engine::TokenSet(1)});
+  requests.push_back(dead_end);
+  const auto runner = MakeCuda(model.config(), model.weights(), limits);
+  const Events together(*runner, requests);
+  for (const Request& request : requests) {
+    const Events alone(*runner, {request});
+    ASSERT_EQ(together.rows.at(request.id).size(), request.id == 9 ? 2u : 12u);
+    EXPECT_EQ(together.reasons.at(request.id), request.id == 9 ? FinishReason::kError : FinishReason::kLength);
+    for (size_t i = 0; i < together.rows.at(request.id).size(); ++i) {
+      EXPECT_EQ(together.rows.at(request.id)[i].token_id, alone.rows.at(request.id)[i].token_id);
+      EXPECT_EQ(together.rows.at(request.id)[i].chosen, alone.rows.at(request.id)[i].chosen);
+      EXPECT_EQ(together.rows.at(request.id)[i].top, alone.rows.at(request.id)[i].top);
+    }
+  }
 }
 
 // A device that breaks ends the engine at that step: one last output says why, no request hangs, nothing leaks.

@@ -13,6 +13,7 @@
 #include "engine/sampler.h"
 #include "gtest/gtest.h"
 #include "tests/engine/cuda/device_array.h"
+#include "tests/engine/test_constraints.h"
 
 namespace minitron::engine::cuda {
 namespace {
@@ -62,20 +63,14 @@ class DeviceSampler {
       EXPECT_EQ(cudaStreamSynchronize(TestStream()), cudaSuccess);
     }
     if (edits_.empty()) edits_.push_back({});
+    if (masks_.empty()) masks_.push_back(0);
     const DeviceArray<float> device_logits(logits);
     const DeviceArray<SampleRow> device_rows(sample_rows_);
     const DeviceArray<LogitEdit> device_edits(edits_);
-    const SampleCall call{device_logits.data(),
-                          num_rows_,
-                          vocab_,
-                          device_rows.data(),
-                          device_edits.data(),
-                          history_.data(),
-                          result_tokens_.data(),
-                          outputs_.data(),
-                          top_.data(),
-                          Memory(),
-                          needs_};
+    const DeviceArray<uint32_t> device_masks(masks_);
+    const SampleCall call{device_logits.data(), num_rows_,           vocab_,          device_rows.data(),
+                          device_edits.data(),  device_masks.data(), history_.data(), result_tokens_.data(),
+                          outputs_.data(),      top_.data(),         Memory(),        needs_};
     EXPECT_EQ(SampleLogits(call, TestStream()), cudaSuccess);
     return Results();
   }
@@ -92,8 +87,10 @@ class DeviceSampler {
     out.temperature = params.temperature;
     out.top_p = params.top_p;
     out.first_edit = static_cast<int32_t>(edits_.size());
+    out.mask = -1;
     if (row.result.target == kNone) {
-      out.uses_history = params.NeedsHistory() ? 1 : 0;
+      out.uses_history = params.HasPenalties() ? 1 : 0;
+      if (params.constraint != nullptr) out.mask = AddMask(params.constraint->NewWalk()->Allowed());
       out.top_k = params.top_k < vocab_ ? params.top_k : 0;
       out.min_p = params.min_p;
       out.repetition_penalty = params.repetition_penalty;
@@ -111,6 +108,14 @@ class DeviceSampler {
     needs_.top_p |= out.top_p < 1.0f;
     needs_.logprobs |= out.num_top_logprobs >= 0;
     sample_rows_.push_back(out);
+  }
+  int32_t AddMask(absl::Span<const uint64_t> allowed) {
+    const auto first = static_cast<int64_t>(masks_.size());
+    masks_.resize(first + MaskWords(vocab_), 0);
+    for (TokenId token = 0; token < vocab_; ++token) {
+      if (Has(allowed, token)) masks_[first + token / 32] |= 1u << (token % 32);
+    }
+    return static_cast<int32_t>(first / MaskWords(vocab_));
   }
   SamplerMemory Memory() const {
     return {reinterpret_cast<SampleState*>(states_.data()),
@@ -143,6 +148,7 @@ class DeviceSampler {
   const int vocab_, num_rows_;
   std::vector<SampleRow> sample_rows_;
   std::vector<LogitEdit> edits_;
+  std::vector<uint32_t> masks_;
   SampleNeeds needs_;
   DeviceArray<unsigned char> states_;
   DeviceArray<float> edited_;
@@ -158,7 +164,9 @@ class DeviceSampler {
 ResultRowOutput OnCpu(const Row& row) {
   std::vector<float> logits = row.logits;
   TokenHistory history;
-  history.Reset(row.history);
+  HistoryReset reset = row.history;
+  reset.constraint = row.params.constraint.get();
+  history.Reset(reset);
   SamplerScratch scratch;
   ResultRow result = row.result;
   result.params = result.target == kNone ? &row.params : nullptr;
@@ -176,6 +184,21 @@ void ExpectSame(const ResultRowOutput& actual, const ResultRowOutput& expected, 
     ASSERT_EQ(actual.top[i].token_id, expected.top[i].token_id) << what << " top " << i;
     ASSERT_NEAR(actual.top[i].logprob, expected.top[i].logprob, 2e-6 + 1e-6 * std::abs(expected.top[i].logprob));
   }
+}
+
+void Constrain(TokenSet allowed, Row& row) {
+  row.params.constraint = std::make_shared<Sets>(std::vector<TokenSet>{std::move(allowed)});
+}
+
+// One token, few, half of them or all.
+TokenSet RandomSet(std::mt19937_64& random, int vocab) {
+  std::vector<TokenId> tokens = {static_cast<TokenId>(random() % vocab)};
+  const uint64_t kinds[] = {0, 3, 128, 256};
+  const uint64_t share = kinds[random() % 4];
+  for (TokenId token = 0; token < vocab; ++token) {
+    if (random() % 256 < share) tokens.push_back(token);
+  }
+  return SetOf(tokens);
 }
 
 Row RandomRow(std::mt19937_64& random, int vocab, int slot) {
@@ -213,6 +236,7 @@ Row RandomRow(std::mt19937_64& random, int vocab, int slot) {
     row.result.target = token();
     row.result.num_top_logprobs = 3;
   }
+  if (row.result.target == kNone && chance(3)) Constrain(RandomSet(random, vocab), row);
   return row;
 }
 
@@ -267,6 +291,34 @@ TEST(SamplerKernelsTest, ARowDoesNotDependOnItsNeighbours) {
     EXPECT_EQ(output.token_id, together[r].token_id);
     EXPECT_EQ(output.chosen, together[r].chosen);
     EXPECT_EQ(output.top, together[r].top);
+  }
+}
+
+TEST(SamplerKernelsTest, AMaskBansAllButItsTokens) {
+  constexpr int kVocab = 4200;
+  std::mt19937_64 random(8);
+  for (const float temperature : {0.0f, 1.0f}) {
+    std::vector<Row> rows;
+    rows.reserve(kNumSlots);
+    for (int slot = 0; slot < kNumSlots; ++slot) {
+      rows.push_back(RandomRow(random, kVocab, slot));
+      rows.back().result = {.num_top_logprobs = 2, .history_slot = slot, .output_position = 5};
+      rows.back().params = {.temperature = temperature, .top_k = 10 * slot, .seed = random()};
+      rows.back().banned.clear();
+    }
+    const std::vector<ResultRowOutput> without = DeviceSampler(rows, kVocab).Run();
+    Constrain(SetOf({4198}), rows[1]);         // one: it is taken, however unlikely
+    Constrain(TokenSet(66), rows[2]);          // none: nothing to choose from
+    Constrain(SetOf({7, 64, 4000}), rows[3]);  // fewer than top-k
+    const std::vector<ResultRowOutput> with = DeviceSampler(rows, kVocab).Run();
+    EXPECT_EQ(with[0].token_id, without[0].token_id);
+    EXPECT_EQ(with[0].chosen, without[0].chosen);
+    EXPECT_EQ(with[0].top, without[0].top);
+    EXPECT_EQ(with[1].token_id, 4198);
+    EXPECT_EQ(with[1].top, without[1].top) << "logprobs are of the raw logits";
+    EXPECT_TRUE(with[2].failed);
+    EXPECT_TRUE(with[3].token_id == 7 || with[3].token_id == 64 || with[3].token_id == 4000);
+    CheckAgainstCpu(rows, kVocab, "masked");
   }
 }
 

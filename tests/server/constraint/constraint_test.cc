@@ -189,7 +189,7 @@ class CompilerTest : public ::testing::Test {
   std::unique_ptr<ConstraintCompiler> compiler_;
 };
 
-bool Has(const engine::TokenConstraint& automaton, engine::TokenConstraint::State state, TokenId id) {
+bool Has(const TokenAutomaton& automaton, TokenAutomaton::State state, TokenId id) {
   return automaton.Allowed(state)[id / 64] >> (id % 64) & 1;
 }
 

@@ -17,15 +17,25 @@ RUN cmake --preset release --log-level=WARNING -DMINITRON_TESTS=OFF -DMINITRON_C
  && deploy/image/assemble.sh build/release/bin /rootfs
 
 FROM ${CUDA_BASE} AS build-cuda
+# Fewer architectures build faster, for one kind of GPU: CUDA_ARCHS=90.
+ARG CUDA_ARCHS
+ENV CCACHE_DIR=/ccache CCACHE_BASEDIR=/src CCACHE_NOHASHDIR=1
 COPY deploy/install-deps.sh /src/deploy/install-deps.sh
 RUN apt-get update -qq && /src/deploy/install-deps.sh build
 COPY . /src
 WORKDIR /src
-RUN cmake --preset release --log-level=WARNING -DMINITRON_TESTS=OFF -DMINITRON_CUDA=ON \
+RUN cmake --preset release --log-level=WARNING -DMINITRON_TESTS=OFF -DMINITRON_CUDA=ON ${CUDA_ARCHS:+"-DMINITRON_CUDA_ARCHS=$CUDA_ARCHS"} \
  && cmake --build --preset release --target minitron-server minitron \
- && deploy/image/assemble.sh build/release/bin /rootfs
+ && deploy/image/assemble.sh build/release/bin /rootfs /usr/local/cuda/lib64/libcublasLt.so.[0-9][0-9]
 
 FROM scratch AS cuda
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="minitron-server" \
+      org.opencontainers.image.description="gRPC inference server for Nemotron-architecture language models, for NVIDIA GPUs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 COPY --from=build-cuda /rootfs /
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 65532:65532

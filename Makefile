@@ -13,11 +13,12 @@
 # make gpu-bundle    build/gpu-bundle: all that tests/gpu/run.sh needs on a machine with a GPU and nothing else
 # make soak-sim HOURS=1   simulates the scheduler for that long, on JOBS cores
 #
-# Variables: MODEL=DIR PROMPT=TEXT PORT=N METRICS_PORT=N JOBS=N HOURS=N
+# Variables: MODEL=DIR PROMPT=TEXT PORT=N METRICS_PORT=N JOBS=N HOURS=N TARGET=cpu|cuda (of image and test-image)
 
 export PATH := $(CURDIR)/build/tools:$(PATH)
 JOBS ?= $(shell nproc)
 MODEL ?= deploy/models/minitron-tiny
+TARGET ?= cpu
 HOURS ?= 1
 PROMPT ?= To be or not to be,
 PORT ?= 50051
@@ -111,10 +112,10 @@ gpu-bundle: deps-test
 	@tests/gpu/make_bundle.sh build/release build/gpu-bundle
 
 image:
-	@deploy/image/build.sh cpu
+	@deploy/image/build.sh $(TARGET)
 
 test-image: deps-image
-	@tests/deploy/image_test.sh
+	@tests/deploy/image_test.sh $(TARGET)
 
 # The bounded runs of `make test`, at full length: 100k resets, minutes of floods, 200 rolling restarts. Half an hour.
 soak: deps-test

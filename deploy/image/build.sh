@@ -3,6 +3,8 @@
 #
 # BASE=debootstrap makes the Debian base from the distribution's mirror instead of pulling it: no registry is needed
 # (buildah and root only). CCACHE_MOUNT=DIR lets the build use a compiler cache (buildah). The tag is localhost/minitron-server:TARGET.
+# The cuda target takes NVIDIA's image with the toolkit (CUDA_BASE of the Dockerfile); with BASE=debootstrap it takes the toolkit of
+# this machine (CUDA_ROOT, by default /usr/local/cuda). CUDA_ARCHS="90" builds for fewer architectures.
 set -euo pipefail
 
 target=${1:-cpu}
@@ -10,6 +12,7 @@ cd "$(dirname "$0")/../.."
 tag=localhost/minitron-server:$target
 base=${BASE:-docker.io/library/debian:bookworm-slim}
 arguments=(--target "$target" --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" --tag "$tag")
+[ -z "${CUDA_ARCHS:-}" ] || arguments+=(--build-arg "CUDA_ARCHS=$CUDA_ARCHS")
 
 if [ "$base" = debootstrap ]; then
   base=localhost/debian:bookworm-minbase
@@ -26,6 +29,9 @@ if [ "$base" = debootstrap ]; then
     buildah umount "$container" >/dev/null
     buildah commit -q "$container" "$base" >/dev/null
     buildah rm "$container" >/dev/null
+  fi
+  if [ "$target" = cuda ]; then
+    arguments+=(--build-arg "CUDA_BASE=$base" --volume "$(readlink -f "${CUDA_ROOT:-/usr/local/cuda}"):/usr/local/cuda:ro")
   fi
   [ -z "${CCACHE_MOUNT:-}" ] || arguments+=(--volume "$CCACHE_MOUNT:/ccache")
   exec buildah bud --pull-never --build-arg "BASE=$base" "${arguments[@]}" .

@@ -38,8 +38,12 @@ done
 mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sed 's/:.*//' | sort -u)
 
 # What became part of the programs: archives they were linked with, and headers that are a whole library.
-mapfile -t parts < <(ninja -C "$bin/.." -t commands bin/minitron-server bin/minitron | grep -oE '/usr/[^ ]+\.a( |$)' | sort -u)
-mapfile -t static_packages < <(dpkg -S ${parts[@]} /usr/include/nlohmann/json.hpp | sed 's/:.*//' | sort -u)
+mapfile -t parts < <(ninja -C "$bin/.." -t commands bin/minitron-server bin/minitron | grep -oE '/usr/[^ ]+\.a( |$)' | tr -d ' ' | sort -u)
+mapfile -t static_packages < <(dpkg -S "${parts[@]}" /usr/include/nlohmann/json.hpp 2>/dev/null | sed 's/:.*//' | sort -u)
+unpackaged_parts=()
+for part in "${parts[@]}"; do
+  dpkg -S "$part" >/dev/null 2>&1 || unpackaged_parts+=("$part")
+done
 for package in "${packages[@]}" "${static_packages[@]}"; do
   cp "/usr/share/doc/$package/copyright" "$share/licences/$package" 2>/dev/null || :
 done
@@ -54,15 +58,19 @@ revision=$(sha256sum "$root/usr/bin/minitron-server" | cut -d' ' -f1)
   for package in "${packages[@]}" "${static_packages[@]}"; do
     dpkg-query -W -f=',\n{"SPDXID":"SPDXRef-${Package}","name":"${Package}","versionInfo":"${Version}","supplier":"Organization: Debian","downloadLocation":"NOASSERTION","filesAnalyzed":false,"externalRefs":[{"referenceCategory":"PACKAGE-MANAGER","referenceType":"purl","referenceLocator":"pkg:deb/debian/${Package}@${Version}?arch=${Architecture}"}]}' "$package"
   done
-  for library in "${unpackaged[@]}"; do
+  for library in "${unpackaged[@]}" "${unpackaged_parts[@]}"; do
+    name=$(basename "${library%%.so*}" .a)
+    version=${library##*.so.}
+    [ "$version" != "$library" ] || version=NOASSERTION
     printf ',\n{"SPDXID":"SPDXRef-%s","name":"%s","versionInfo":"%s","downloadLocation":"NOASSERTION","filesAnalyzed":false,"checksums":[{"algorithm":"SHA256","checksumValue":"%s"}]}' \
-      "$(basename "${library%%.so*}")" "$(basename "${library%%.so*}")" "${library##*.so.}" "$(sha256sum "$library" | cut -d' ' -f1)"
+      "${name//_/-}" "$name" "$version" "$(sha256sum "$library" | cut -d' ' -f1)"
   done
   printf '],\n"relationships":[{"spdxElementId":"SPDXRef-DOCUMENT","relationshipType":"DESCRIBES","relatedSpdxElement":"SPDXRef-minitron-server"}'
   relate() { printf ',\n{"spdxElementId":"SPDXRef-minitron-server","relationshipType":"%s","relatedSpdxElement":"SPDXRef-%s"}' "$@"; }
   for package in "${packages[@]}"; do relate DYNAMIC_LINK "$package"; done
   for package in "${static_packages[@]}"; do relate STATIC_LINK "$package"; done
   for library in "${unpackaged[@]}"; do relate DYNAMIC_LINK "$(basename "${library%%.so*}")"; done
+  for part in "${unpackaged_parts[@]}"; do name=$(basename "$part" .a) && relate STATIC_LINK "${name//_/-}"; done
   printf ']}\n'
 } >"$share/sbom.spdx.json"
 sed -i 's/SPDXRef-\([^"]*\)+/SPDXRef-\1-plus-/g; s/SPDXRef-\([^"]*\)+/SPDXRef-\1-plus-/g' "$share/sbom.spdx.json"

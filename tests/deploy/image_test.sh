@@ -43,7 +43,7 @@ ids = [p["SPDXID"] for p in sbom["packages"]]
 assert len(ids) == len(set(ids)) and all(i.replace("SPDXRef-", "").replace("-", "").replace(".", "").isalnum() for i in ids), ids
 links = {(r["relationshipType"], r["relatedSpdxElement"]) for r in sbom["relationships"]}
 needed = [("DYNAMIC", "libc6"), ("DYNAMIC", "libssl3"), ("DYNAMIC", "libgrpc-plus--plus-1.51"), ("STATIC", "libprotobuf-dev"),
-          ("STATIC", "nlohmann-json3-dev")] + [("DYNAMIC", "libcublasLt")] * (target == "cuda")
+          ("STATIC", "nlohmann-json3-dev")] + ([("DYNAMIC", "libcublasLt"), ("STATIC", "libcudart-static")] if target == "cuda" else [])
 for kind, name in needed:
     assert (kind + "_LINK", "SPDXRef-" + name) in links, (name, sorted(links))
 assert [n for n, v in names.items() if not v] == ["minitron-server"], names
@@ -64,7 +64,9 @@ run /bin/sh -c : 2>"$log" && fail "ran a shell"
 run /usr/bin/minitron-server --metrics-port=0 --port=0 --port-file=/tmp/ports 2>"$log" && fail "wrote to /tmp"
 grep -q -- '--port-file=/tmp/ports: cannot be written' "$log" || { cat "$log" >&2; fail "ended for another reason"; }
 if [ "$target" = cuda ]; then
-  # The driver's library comes from the host. Without a GPU the server says so, and serves on the CPU when it may.
+  # cublasLt is opened at run time: the loader must find all that it needs. The driver's library comes from the host. Without a GPU the server says so, and serves on the CPU when it may.
+  cublas=$(cd "$root" && ls usr/local/cuda/lib64/libcublasLt.so.*)
+  run /lib64/ld-linux-x86-64.so.2 --list "/$cublas" >"$log" && ! grep -q 'not found' "$log" || { cat "$log" >&2; fail "cannot open $cublas"; }
   run /usr/bin/minitron-server --metrics-port=0 --port=0 --backend=cuda 2>"$log" && fail "found a GPU"
   grep -qi 'cuda' "$log" || { cat "$log" >&2; fail "ended for another reason"; }
   tail -1 "$log"

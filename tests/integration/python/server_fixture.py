@@ -78,10 +78,23 @@ class NativeApi:
         return self._channel.unary_unary(f"/{service}/{method}", type(request).SerializeToString,
                                          response.FromString)(request)
 
-    def generate(self, text, max_tokens, *, seed=1, n=1, stop=(), temperature=None, logprobs=None):
+    def generate(self, text, max_tokens, **options):
         """The native unary answer: what every other protocol must agree with."""
         request = self.message("minitron.v1.GenerateRequest")()
-        task = request.task
+        self._fill(request.task, text, max_tokens, **options)
+        return self.call("minitron.v1.GenerationService", "Generate", request)
+
+    def stream(self, text, max_tokens, **options):
+        """All events of the native stream."""
+        request = self.message("minitron.v1.GenerateStreamRequest")()
+        self._fill(request.task, text, max_tokens, **options)
+        return list(self._channel.unary_stream(
+            "/minitron.v1.GenerationService/GenerateStream", type(request).SerializeToString,
+            self.message("minitron.v1.GenerateStreamResponse").FromString)(request))
+
+    @staticmethod
+    def _fill(task, text, max_tokens, *, seed=1, n=1, stop=(), temperature=None, logprobs=None, regex=None,
+              logit_bias=None, parse_special=None):
         task.text = text
         task.stopping.max_tokens = max_tokens
         task.stopping.stop_sequences.extend(stop)
@@ -91,7 +104,11 @@ class NativeApi:
             task.sampling.temperature = temperature
         if logprobs is not None:
             task.output.logprobs = logprobs
-        return self.call("minitron.v1.GenerationService", "Generate", request)
+        task.sampling.logit_bias.update(logit_bias or {})
+        if regex is not None:
+            task.constraint.regex = regex
+        if parse_special is not None:
+            task.tokenize_options.parse_special = parse_special
 
 
 class ServerTestCase(unittest.TestCase):

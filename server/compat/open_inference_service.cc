@@ -68,6 +68,9 @@ void Describe(const ServedModel& model, const Metrics::Totals& totals, inference
   Set(totals.failed, *stats.mutable_fail());
   Set(totals.queue, *stats.mutable_queue());
   Set(totals.inference, *stats.mutable_compute_infer());
+  // Not measured apart, so no time; but perf_analyzer ends with an error when the three do not count the same.
+  stats.mutable_compute_input()->set_count(totals.inference.count);
+  stats.mutable_compute_output()->set_count(totals.inference.count);
 }
 
 }  // namespace

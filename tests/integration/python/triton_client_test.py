@@ -188,13 +188,23 @@ class TritonClientTest(server_fixture.ServerTestCase):
         for _ in range(3):
             self.client.infer(MODEL, vllm_inputs(max_tokens=4, ignore_eos=True))
         self.native.generate(PROMPT, 4)
+        of_one = self.client.get_inference_statistics(MODEL).model_stats[0]
+        self.client.infer(MODEL, vllm_inputs(max_tokens=4, n=3))
+        self.stream([{"inputs": vllm_inputs(stream=True, max_tokens=4), "request_id": str(i),
+                      "enable_empty_final_response": i == 1} for i in range(2)])
+        with self.assertRaises(InferenceServerException):  # refused, so never begun: counted nowhere
+            self.client.infer(MODEL, vllm_inputs(temperature=3.5))
         after = self.client.get_inference_statistics(MODEL).model_stats[0]
-        self.assertEqual(after.inference_count - before.inference_count, 4)
-        self.assertEqual(after.inference_stats.success.count - before.inference_stats.success.count, 4)
+        self.assertEqual(after.inference_count - before.inference_count, 7)
+        self.assertEqual(after.inference_stats.success.count - before.inference_stats.success.count, 7)
         self.assertEqual(after.inference_stats.fail.count, before.inference_stats.fail.count)
+        for name in ("queue", "compute_input", "compute_infer", "compute_output"):  # sequences
+            counts = [getattr(stats.inference_stats, name).count for stats in (before, after)]
+            self.assertEqual(counts[1] - counts[0], 9, name)
         self.assertGreaterEqual(after.execution_count - before.execution_count, 4)
-        spent = after.inference_stats.success.ns - before.inference_stats.success.ns
-        inside = after.inference_stats.compute_infer.ns - before.inference_stats.compute_infer.ns
+        # With one sequence per request, for several compute at the same time.
+        spent = of_one.inference_stats.success.ns - before.inference_stats.success.ns
+        inside = of_one.inference_stats.compute_infer.ns - before.inference_stats.compute_infer.ns
         self.assertGreater(inside, 0)
         self.assertGreaterEqual(spent, inside)
         self.assertGreaterEqual(after.last_inference, before.last_inference)
@@ -221,13 +231,15 @@ class TritonClientTest(server_fixture.ServerTestCase):
         self.assertEqual(load.active_calls, 0)
 
     def test_asyncio(self):
+        before = self.client.get_inference_statistics(MODEL).model_stats[0].inference_stats.success.count
+
         async def run():
             async with triton_aio.InferenceServerClient(self.server.address) as client:
                 self.assertTrue(await client.is_server_ready())
 
                 async def requests():
                     yield {"model_name": MODEL, "inputs": vllm_inputs(stream=True, seed=2, max_tokens=12),
-                           "request_id": "x", "enable_empty_final_response": True}
+                           "request_id": "x"}
                 text = ""
                 async for result, error in client.stream_infer(requests()):
                     self.assertIsNone(error)
@@ -235,6 +247,9 @@ class TritonClientTest(server_fixture.ServerTestCase):
                         text += texts(result)[0]
                     if is_final(result):
                         break
+                self.assertEqual(len(result.get_response().outputs), 1)  # this client cannot ask for an empty one
+                stats = (await client.get_inference_statistics(MODEL)).model_stats[0].inference_stats
+                self.assertEqual(stats.success.count - before, 1)
                 unary = await client.infer(MODEL, vllm_inputs(seed=2, max_tokens=12))
                 return text, texts(unary)[0]
         streamed, collected = asyncio.run(run())

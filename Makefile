@@ -8,6 +8,7 @@
 # make bench   measures the CPU engine against the limits of this machine (random weights, below build/bench)
 # make image   builds the container image (docker, podman or buildah; BASE=debootstrap needs no registry)
 # make soak    the long runs of the abuse and restart tests      make test-image  builds, runs and inspects the image
+# make test-perf-analyzer   NVIDIA's perf_analyzer and genai-perf against the server; takes 1 GB from PyPI
 # make test-page    the page in a headless browser; screenshots in build/page
 # make clean   removes build/
 # make gpu-bundle    build/gpu-bundle: all that tests/gpu/run.sh needs on a machine with a GPU and nothing else
@@ -26,12 +27,12 @@ METRICS_PORT ?= 9090
 SANITIZED_ROOMS ?= engine|scheduler|simulation|server|clients
 
 .PHONY: help bench bench-scheduling cuda-tables mutants build demo serve test test-release test-asan test-tsan lint format clean soak-sim \
-  gpu-bundle image test-image soak deps-build deps-test deps-clients deps-browser deps-lint deps-image
+  test-page test-perf-analyzer gpu-bundle image test-image soak deps-build deps-test deps-clients deps-browser deps-perf deps-lint deps-image
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
-deps-build deps-test deps-clients deps-browser deps-lint deps-image:
+deps-build deps-test deps-clients deps-browser deps-perf deps-lint deps-image:
 	@deploy/install-deps.sh build $(patsubst deps-%,%,$@)
 
 # The two programs of the product, without the tests.
@@ -126,6 +127,10 @@ soak: deps-test
 # Needs a browser, which the other tests do not.
 test-page: deps-browser build
 	@cd tests/integration/python && MINITRON_TEST_SERVER=$(CURDIR)/build/release/bin/minitron-server $(CURDIR)/build/venv-browser/bin/python -B page_test.py
+
+# Not part of `make test`: it installs a gigabyte.
+test-perf-analyzer: deps-clients deps-perf build
+	@cd tests/integration/python && MINITRON_TEST_SERVER=$(CURDIR)/build/release/bin/minitron-server $(CURDIR)/build/venv/bin/python -B perf_analyzer_test.py
 
 clean:
 	@rm -rf build

@@ -2,12 +2,13 @@
 # Installs what the project needs from the distribution (Debian 12, Ubuntu 24.04). Idempotent, asks nothing, and does
 # not touch the package manager when everything is there.
 #
-# Usage: deploy/install-deps.sh [build] [test] [clients] [image] [browser] [lint] [golden]     (default: build)
+# Usage: deploy/install-deps.sh [build] [test] [clients] [image] [browser] [perf] [lint] [golden]     (default: build)
 #   build   compilers and libraries for the server and the clients
 #   test    GoogleTest, Google Benchmark, Prometheus, promtool and HAProxy (in build/tools), Python with gRPC and YAML
 #   clients the foreign clients of the integration tests, from PyPI, and clients/python, into build/venv
 #   image   buildah and debootstrap, to build the image without a registry
 #   browser Chromium and its driver from PyPI (build/venv-browser), to test the page as a person sees it
+#   perf    NVIDIA's perf_analyzer and genai-perf from PyPI (build/venv-perf)
 #   lint    clang-format and clang-tidy
 #   golden  PyTorch, only to make the golden files anew (tests/engine/goldens)
 set -euo pipefail
@@ -25,6 +26,7 @@ test_packages=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-grpcio
 clients_packages=(python3 python3-venv)
 image_packages=(buildah debootstrap crun)
 browser_packages=(chromium fonts-dejavu-core python3 python3-venv)
+perf_packages=(libb64-0d python3 python3-venv)
 lint_packages=(clang-format clang-tidy)
 golden_packages=(python3 python3-venv python3-torch)
 
@@ -38,10 +40,11 @@ for group in "${@:-build}"; do
     clients) packages+=("${clients_packages[@]}") venvs+=(clients) ;;
     image) packages+=("${image_packages[@]}") ;;
     browser) packages+=("${browser_packages[@]}") venvs+=(browser) ;;
+    perf) packages+=("${perf_packages[@]}") venvs+=(perf) ;;
     lint) packages+=("${lint_packages[@]}") ;;
     golden) packages+=("${golden_packages[@]}") ;;
     *)
-      echo "install-deps: unknown group '$group' (build, test, clients, image, browser, lint, golden)" >&2
+      echo "install-deps: unknown group '$group' (build, test, clients, image, browser, perf, lint, golden)" >&2
       exit 2
       ;;
   esac
@@ -110,6 +113,7 @@ for name in "${venvs[@]}"; do
   case $name in
     clients) requirements=$top/tests/integration/python/requirements.txt venv=$top/build/venv ;;
     browser) requirements=$top/tests/integration/python/requirements-browser.txt venv=$top/build/venv-browser ;;
+    perf) requirements=$top/tests/integration/python/requirements-perf.txt venv=$top/build/venv-perf ;;
   esac
   cmp -s "$requirements" "$venv/installed.txt" && continue
   echo "install-deps: installing $(basename "$requirements") into build/$(basename "$venv")"

@@ -9,7 +9,7 @@
 # make image   builds the container image (docker, podman or buildah; BASE=debootstrap needs no registry)
 # make soak    the long runs of the abuse and restart tests      make test-image  builds, runs and inspects the image
 # make test-perf-analyzer   NVIDIA's perf_analyzer and genai-perf against the server; takes 1 GB from PyPI
-# make test-page    the page in a headless browser; screenshots in build/page
+# make test-page    the page and the load generator's report in a headless browser; screenshots in build/page
 # make clean   removes build/
 # make gpu-bundle    build/gpu-bundle: all that tests/gpu/run.sh needs on a machine with a GPU and nothing else
 # make soak-sim HOURS=1   simulates the scheduler for that long, on JOBS cores
@@ -126,7 +126,8 @@ soak: deps-test
 
 # Needs a browser, which the other tests do not.
 test-page: deps-browser build
-	@cd tests/integration/python && MINITRON_TEST_SERVER=$(CURDIR)/build/release/bin/minitron-server $(CURDIR)/build/venv-browser/bin/python -B page_test.py
+	@cmake --build --preset release -j $(JOBS) --target minitron-bench
+	@cd tests/integration/python && MINITRON_TEST_SERVER=$(CURDIR)/build/release/bin/minitron-server MINITRON_TEST_BENCH=$(CURDIR)/build/release/bin/minitron-bench $(CURDIR)/build/venv-browser/bin/python -B page_test.py
 
 # Not part of `make test`: it installs a gigabyte.
 test-perf-analyzer: deps-clients deps-perf build

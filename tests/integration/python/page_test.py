@@ -1,6 +1,10 @@
-"""The page at / in a headless Chromium, as a person uses it. Writes screenshots below build/page. `make test-page`."""
+"""The page at / and minitron-bench's report in a headless Chromium, as a person sees them. Writes screenshots below
+build/page. `make test-page`."""
 
+import os
 import pathlib
+import subprocess
+import tempfile
 import unittest
 
 from playwright.sync_api import sync_playwright
@@ -10,9 +14,7 @@ import server_fixture
 SCREENSHOTS = server_fixture.ROOT / "build/page"
 
 
-class PageTest(server_fixture.ServerTestCase):
-
-    flags = ("--http-port", "0", "--max-num-sequences", "1")
+class BrowserTestCase(server_fixture.ServerTestCase):
 
     @classmethod
     def setUpClass(cls):
@@ -27,20 +29,62 @@ class PageTest(server_fixture.ServerTestCase):
         cls.playwright.stop()
         super().tearDownClass()
 
-    def setUp(self):
-        self.page = self.browser.new_page(viewport={"width": 900, "height": 620})
+    def open(self, origin, **options):
+        self.page = self.browser.new_page(viewport={"width": 900, "height": 620}, **options)
         self.addCleanup(self.page.close)
-        self.errors = []
-        self.urls = []
+        self.origin, self.errors, self.urls = origin, [], []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         self.page.on("request", lambda request: self.urls.append(request.url))
-        self.origin = f"http://127.0.0.1:{self.server.ports['http']}/"
-        self.page.goto(self.origin)
+        self.page.goto(origin)
 
     def tearDown(self):
-        self.page.screenshot(path=str(SCREENSHOTS / f"{self._testMethodName}.png"))
-        self.assertEqual(self.errors, [])
+        self.page.screenshot(path=str(SCREENSHOTS / f"{self._testMethodName}.png"), full_page=True)
+        self.check_errors(self.errors)
         self.assertEqual([url for url in self.urls if not url.startswith(self.origin)], [], "nothing from elsewhere")
+
+    def check_errors(self, errors):
+        self.assertEqual(errors, [])
+
+
+class ReportTest(BrowserTestCase):
+
+    def test_the_report_shows_its_curves_without_a_network(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        report = pathlib.Path(folder.name) / "report.html"
+        subprocess.run([os.environ["MINITRON_TEST_BENCH"], "--server", self.server.address, "--num-prompts", "40",
+                        "--concurrency", "1,4,16", "--input-len", "64", "--output-len", "32", "--goodput", "ttft:1",
+                        "--report", str(report)], check=True, capture_output=True)
+        self.open(report.as_uri(), offline=True)
+        charts = self.page.locator("figure > svg")
+        self.assertEqual(charts.count(), 4 + 4 + 3)  # curves over the load, distributions, open requests of each run
+        for chart in charts.all():
+            box = chart.bounding_box()
+            self.assertGreater(box["width"], 300)
+            self.assertGreater(box["height"], 150)
+            for line in chart.locator("path, polyline").all():  # nothing is drawn outside its frame
+                drawn = line.bounding_box()
+                self.assertGreaterEqual(drawn["x"], box["x"])
+                self.assertLessEqual(drawn["x"] + drawn["width"], box["x"] + box["width"] + 1)
+                self.assertGreaterEqual(drawn["y"], box["y"])
+                self.assertLessEqual(drawn["y"] + drawn["height"], box["y"] + box["height"] + 1)
+            self.assertGreater(chart.locator("path, polyline").count(), 0)
+        self.assertEqual(self.page.locator("script").count(), 0)
+        self.assertLessEqual(self.page.evaluate("document.documentElement.scrollWidth"), 900)  # no sideways scrolling
+        self.assertIn("16", self.page.locator("table").first.inner_text())
+
+
+class PageTest(BrowserTestCase):
+
+    flags = ("--http-port", "0", "--max-num-sequences", "1")
+
+    def setUp(self):
+        self.open(f"http://127.0.0.1:{self.server.ports['http']}/")
+
+    def check_errors(self, errors):
+        # The browser itself logs an answer of 400.
+        self.assertEqual([error for error in errors if "status of 400" not in error], [])
 
     def wait_for_text(self, selector, text):
         self.page.locator(selector).filter(has_text=text).wait_for()

@@ -1,5 +1,6 @@
 """The openai package and plain HTTP against the real server's OpenAI-compatible port."""
 
+import asyncio
 import concurrent.futures
 import hashlib
 import http.client
@@ -79,6 +80,22 @@ class CompletionsTest(HttpTestCase):
             self.assertNotIn(None, reasons)
             self.assertEqual(usage.completion_tokens,
                              sum(s.finished.usage.completion_tokens for s in native.sequences))
+
+    def test_the_asyncio_client(self):
+        async def run():
+            async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{self.http_port}/v1", api_key="none",
+                                          max_retries=0) as client:
+                async def one(seed):
+                    arguments = {"model": MODEL, "prompt": PROMPT, "seed": seed, "max_tokens": 16}
+                    whole = await client.completions.create(**arguments)
+                    text = ""
+                    async for chunk in await client.completions.create(stream=True, **arguments):
+                        text += chunk.choices[0].text
+                    return whole.choices[0].text, text
+                return await asyncio.gather(*(one(seed) for seed in range(8)))
+
+        wanted = [self.native.generate(PROMPT, 16, seed=seed).sequences[0].text for seed in range(8)]
+        self.assertEqual(asyncio.run(run()), [(text, text) for text in wanted])
 
     def test_the_form_of_the_answer_can_be_given(self):
         schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}},

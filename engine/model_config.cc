@@ -135,6 +135,27 @@ absl::Status CheckRopeType(const JsonValue& root, const std::string& key, bool t
   return absl::OkStatus();
 }
 
+// What is quantized, the tensors say; here only whether it is done in a way we read: E4M3 with a scale for each matrix
+// or output. Scales of activations and of the KV cache are not needed.
+absl::Status CheckQuantization(const JsonValue& root) {
+  const JsonValue* quantization = root.Find("quantization_config");
+  if (quantization == nullptr || quantization->is(Type::kNull)) return absl::OkStatus();
+  const JsonValue* method = quantization->Find("quant_method");
+  const JsonValue* format = quantization->Find("format");
+  const JsonValue* blocks = quantization->Find("weight_block_size");
+  const auto is = [](const JsonValue* value, const char* text) {
+    return value != nullptr && value->is(Type::kString) && value->string == text;
+  };
+  if (!is(method, "fp8") && !(is(method, "compressed-tensors") && is(format, "float-quantized"))) {
+    return Refuse("quantization_config", *quantization,
+                  "supported: quant_method \"fp8\", or \"compressed-tensors\" with format \"float-quantized\"");
+  }
+  if (blocks != nullptr && !blocks->is(Type::kNull)) {
+    return Refuse("quantization_config.weight_block_size", *blocks, "scales of blocks are not supported");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckVariant(const JsonValue& root) {
   RETURN_IF_ERROR(CheckArchitecture(root));
   ASSIGN_OR_RETURN(const Found act, FindAny(root, {"hidden_act"}));
@@ -146,10 +167,7 @@ absl::Status CheckVariant(const JsonValue& root) {
   }
   RETURN_IF_ERROR(CheckRopeType(root, "rope_scaling", true));
   RETURN_IF_ERROR(CheckRopeType(root, "rope_parameters", false));
-  const JsonValue* quantization = root.Find("quantization_config");
-  if (quantization != nullptr && !quantization->is(Type::kNull)) {
-    return Refuse("quantization_config", *quantization, "quantized checkpoints are not supported");
-  }
+  RETURN_IF_ERROR(CheckQuantization(root));
   ASSIGN_OR_RETURN(const Found dtype, FindAny(root, {"torch_dtype", "dtype"}));
   if (dtype.value != nullptr) {
     const std::string& name = dtype.value->string;

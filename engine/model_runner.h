@@ -13,8 +13,9 @@ namespace minitron::engine {
 enum class Backend { kAuto, kCpu, kCuda };
 
 // How matrices are stored: as loaded, as 8- or 4-bit integers with a scale per group of 64 or 32, or as 8-bit floats
-// with a scale per output (CUDA only).
-enum class Quantization { kOff, kInt8, kInt4, kFp8 };
+// with a scale per output (CUDA only). kFp8Dynamic: so that products are computed in 8-bit floats as well, each token's
+// activations with a scale of their own.
+enum class Quantization { kOff, kInt8, kInt4, kFp8, kFp8Dynamic };
 
 // Element type of the KV cache: bf16, as the weights; fp32 (CPU only); 8-bit floats with an exponent for each token and
 // head (CUDA only), half of bf16's memory and traffic.

@@ -125,6 +125,18 @@ absl::StatusOr<bool> UseCuda(const EngineOptions& options, [[maybe_unused]] std:
 #endif
 }
 
+std::string Because(const std::string& why_not_cuda) { return why_not_cuda.empty() ? "" : ": " + why_not_cuda; }
+
+// 8-bit floats are not for the CPU.
+absl::Status CheckNoFp8(const EngineOptions& options, const std::string& why_not_cuda) {
+  const char* asked = options.quantization == Quantization::kFp8          ? "quantization fp8"
+                      : options.quantization == Quantization::kFp8Dynamic ? "quantization fp8-dynamic"
+                      : options.kv_cache_type == KvCacheType::kFp8        ? "kv_cache_type fp8"
+                                                                          : nullptr;
+  if (asked == nullptr) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(asked, " is for the cuda backend", Because(why_not_cuda)));
+}
+
 // What the runner's weights point into.
 struct LoadedWeights {
   std::shared_ptr<const Checkpoint> checkpoint;
@@ -149,11 +161,7 @@ absl::StatusOr<std::shared_ptr<const LoadedWeights>> Load(std::shared_ptr<const 
 absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptions& options) {
   std::string why_not_cuda;
   ASSIGN_OR_RETURN(const bool use_cuda, UseCuda(options, why_not_cuda));
-  if (!use_cuda && (options.kv_cache_type == KvCacheType::kFp8 || options.quantization == Quantization::kFp8)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(options.quantization == Quantization::kFp8 ? "quantization" : "kv_cache_type",
-                     " fp8 is for the cuda backend", why_not_cuda.empty() ? "" : ": ", why_not_cuda));
-  }
+  if (!use_cuda) RETURN_IF_ERROR(CheckNoFp8(options, why_not_cuda));
   RETURN_IF_ERROR(CheckOptions(options));
   ASSIGN_OR_RETURN(const NemotronConfig config, LoadNemotronConfig(options.model_dir));
   RETURN_IF_ERROR(CheckRange("max_context_tokens", options.max_context_tokens, 0, config.max_position_embeddings));
@@ -175,6 +183,10 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
                                     .tuning_file = folder + "/minitron-cublaslt.txt"});
   }
 #endif
+  if (source.has_fp8()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the checkpoint's matrices are fp8: for the cuda backend", Because(why_not_cuda)));
+  }
   ASSIGN_OR_RETURN(const int num_blocks,
                    SizeKvCache(options, max_context, cpu::KvBytesPerToken(config, options.kv_cache_type)));
   const int num_threads = options.num_threads > 0 ? options.num_threads : cpu::NumUsableCores();

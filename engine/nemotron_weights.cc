@@ -1,8 +1,14 @@
 #include "engine/nemotron_weights.h"
 
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <deque>
+#include <memory>
 #include <set>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/match.h"
@@ -13,7 +19,15 @@
 namespace minitron::engine {
 namespace {
 
-constexpr char kInvFreqSuffix[] = ".rotary_emb.inv_freq";  // derived from the config; older exports store it
+constexpr float kMaxScale = 1e30f;  // times the largest code it is finite
+// Tensors that may be there and are not read: what derives from the config, and scales of what we scale ourselves.
+constexpr const char* kUnusedSuffixes[] = {".rotary_emb.inv_freq", ".input_scale", ".k_scale", ".v_scale", ".kv_scale",
+                                           ".output_scale"};
+
+bool IsUnused(const std::string& name) {
+  return std::any_of(std::begin(kUnusedSuffixes), std::end(kUnusedSuffixes),
+                     [&name](const char* suffix) { return absl::EndsWith(name, suffix); });
+}
 
 std::string ShapeText(const std::vector<int64_t>& shape) { return absl::StrCat("[", absl::StrJoin(shape, ", "), "]"); }
 
@@ -27,8 +41,10 @@ class Mapper {
  private:
   absl::Status Take(const std::string& name, std::vector<int64_t> shape, WeightView& view);
   absl::Status Matrix(const std::string& name, int64_t rows, int64_t cols, WeightView& view) {
-    return Take(name, {rows, cols}, view);
+    RETURN_IF_ERROR(Take(name, {rows, cols}, view));
+    return view.dtype == DType::kE4m3 ? TakeScales(name + "_scale", view) : absl::OkStatus();
   }
+  absl::Status TakeScales(const std::string& name, WeightView& view);
   absl::Status Norm(const std::string& prefix, WeightView& weight, WeightView& bias);
   absl::Status MapLayer(int index, LayerWeights& layer);
   absl::Status CheckNoneLeft() const;
@@ -37,6 +53,7 @@ class Mapper {
   const NemotronConfig& config_;
   NemotronWeights weights_;
   std::set<std::string> taken_;
+  std::shared_ptr<std::deque<std::vector<float>>> scales_ = std::make_shared<std::deque<std::vector<float>>>();
 };
 
 absl::Status Mapper::Take(const std::string& name, std::vector<int64_t> shape, WeightView& view) {
@@ -56,9 +73,49 @@ absl::Status Mapper::Take(const std::string& name, std::vector<int64_t> shape, W
   return absl::OkStatus();
 }
 
+// One scale for the matrix or one for each row, bf16 or fp32: as fp32 for each row.
+absl::Status Mapper::TakeScales(const std::string& name, WeightView& view) {
+  const auto found = checkpoint_.tensors().find(name);
+  if (found == checkpoint_.tensors().end()) {
+    return absl::InvalidArgumentError(absl::StrCat("tensor ", name, " missing: the scale of a matrix in fp8"));
+  }
+  const TensorEntry& entry = found->second;
+  int64_t count = 1;
+  for (const int64_t size : entry.shape) count *= size;
+  const bool of_rows =
+      entry.shape == std::vector<int64_t>{view.rows} || entry.shape == std::vector<int64_t>{view.rows, 1};
+  if (!of_rows && (count != 1 || entry.shape.size() > 2)) {
+    return absl::InvalidArgumentError(absl::StrCat("tensor ", name, " has shape ", ShapeText(entry.shape),
+                                                   ", expected one number or ", view.rows, ", one for each output"));
+  }
+  if (entry.dtype != DType::kF32 && entry.dtype != DType::kBf16) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("tensor ", name, " is ", DTypeName(entry.dtype), ", expected f32 or bf16"));
+  }
+  std::vector<float>& scales = scales_->emplace_back(view.rows);
+  for (int64_t row = 0; row < view.rows; ++row) {
+    const int64_t i = of_rows ? row : 0;
+    if (entry.dtype == DType::kF32) {
+      std::memcpy(&scales[row], static_cast<const unsigned char*>(entry.data) + 4 * i, sizeof(float));
+    } else {
+      scales[row] = std::bit_cast<float>(uint32_t{static_cast<const uint16_t*>(entry.data)[i]} << 16);
+    }
+    if (!(scales[row] >= 0.0f && scales[row] <= kMaxScale)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tensor ", name, " has ", scales[row], " for output ", row, " outside [0, ", kMaxScale, "]"));
+    }
+  }
+  view.scales = scales.data();
+  weights_.num_bytes += entry.num_bytes;
+  taken_.insert(name);
+  return absl::OkStatus();
+}
+
 absl::Status Mapper::Norm(const std::string& prefix, WeightView& weight, WeightView& bias) {
   RETURN_IF_ERROR(Take(prefix + ".weight", {config_.hidden_size}, weight));
-  return Take(prefix + ".bias", {config_.hidden_size}, bias);
+  RETURN_IF_ERROR(Take(prefix + ".bias", {config_.hidden_size}, bias));
+  if (weight.dtype != DType::kE4m3 && bias.dtype != DType::kE4m3) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("tensors of ", prefix, " are fp8, expected bf16, f16 or f32"));
 }
 
 absl::Status Mapper::MapLayer(int index, LayerWeights& layer) {
@@ -77,7 +134,7 @@ absl::Status Mapper::MapLayer(int index, LayerWeights& layer) {
 
 absl::Status Mapper::CheckNoneLeft() const {
   for (const auto& [name, entry] : checkpoint_.tensors()) {
-    if (taken_.count(name) == 0 && !absl::EndsWith(name, kInvFreqSuffix)) {
+    if (taken_.count(name) == 0 && !IsUnused(name)) {
       return absl::InvalidArgumentError(absl::StrCat("tensor ", name, " ", ShapeText(entry.shape),
                                                      " is not part of a Nemotron model of ", config_.num_layers,
                                                      " layers"));
@@ -94,6 +151,7 @@ absl::StatusOr<NemotronWeights> Mapper::Map() {
   RETURN_IF_ERROR(Matrix("lm_head.weight", config_.vocab_size, config_.hidden_size, weights_.lm_head));
   RETURN_IF_ERROR(CheckNoneLeft());
   weights_.matrix_dtype = weights_.lm_head.dtype;
+  weights_.scales = std::move(scales_);
   return std::move(weights_);
 }
 
@@ -101,6 +159,14 @@ absl::StatusOr<NemotronWeights> Mapper::Map() {
 
 absl::StatusOr<NemotronWeights> MapNemotronWeights(const Checkpoint& checkpoint, const NemotronConfig& config) {
   return Mapper(checkpoint, config).Map();
+}
+
+bool NemotronWeights::has_fp8() const {
+  const auto is_fp8 = [](const WeightView& view) { return view.dtype == DType::kE4m3; };
+  return is_fp8(embedding) || is_fp8(lm_head) || std::any_of(layers.begin(), layers.end(), [&](const LayerWeights& w) {
+           return is_fp8(w.q_proj) || is_fp8(w.k_proj) || is_fp8(w.v_proj) || is_fp8(w.o_proj) || is_fp8(w.up_proj) ||
+                  is_fp8(w.down_proj);
+         });
 }
 
 ModelInfo DescribeModel(const NemotronConfig& config, const NemotronWeights& weights, int max_context_tokens) {

@@ -1,6 +1,7 @@
 // NemotronWeights: every tensor of the network by role, shapes checked once against the config.
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -29,11 +30,16 @@ struct NemotronWeights {
   WeightView lm_head;                             // [vocab, hidden]
   int64_t num_parameters = 0;
   int64_t num_bytes = 0;
-  DType matrix_dtype = DType::kBf16;  // of lm_head; names the checkpoint's type
+  DType matrix_dtype = DType::kBf16;                             // of lm_head; names the checkpoint's type
+  std::shared_ptr<const std::deque<std::vector<float>>> scales;  // what WeightView::scales points into
+
+  // Whether any matrix is in E4M3.
+  bool has_fp8() const;
 };
 
-// Finds all tensors. Errors: INVALID_ARGUMENT for a missing, extra or misshapen tensor (name, shape, shape expected);
-// rotary inv_freq buffers are tolerated.
+// Finds all tensors. A matrix in E4M3 has its scale beside it, NAME_scale with one number or one for each output.
+// Scales of activations and of the KV cache that such checkpoints have are not used. Errors: INVALID_ARGUMENT for a
+// missing, extra or misshapen tensor (name, shape, shape expected); rotary inv_freq buffers are tolerated.
 absl::StatusOr<NemotronWeights> MapNemotronWeights(const Checkpoint& checkpoint, const NemotronConfig& config);
 
 // What a runner says of a model by its config and weights. The backend fills in its own: `backend`, `weight_type`,

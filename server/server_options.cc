@@ -52,7 +52,8 @@ const std::vector<Flag>& Flags() {
       Int("metrics-port", &O::metrics_port, 0, 65535, "HTTP port of /metrics; 0 picks a free one"),
       Text("port-file", &O::port_file, "file to write both ports to when ready"),
       Text("backend", &O::backend, "auto, cpu or cuda"),
-      Text("quantize", &O::quantize, "weights: none (as loaded), int8, int4 or fp8 (GPU)"),
+      Text("quantize", &O::quantize,
+           "weights: none (as loaded), int8, int4, fp8 (GPU) or fp8-dynamic (GPU; activations in 8 bits too)"),
       Text("kv-cache-dtype", &O::kv_cache_dtype, "element type of the KV cache: bf16, fp32 (CPU) or fp8 (GPU)"),
       Text("cache-dir", &O::cache_dir,
            "folder of packed weights, on a GPU of timed products; default: the model's (weights: from 256 MiB on)"),
@@ -273,7 +274,7 @@ absl::Status CheckTogether(const ServerOptions& options) {
   RETURN_IF_ERROR(CheckOneOf("prefix-cache", options.prefix_cache, {"off", "tenant", "shared"}));
   RETURN_IF_ERROR(CheckOneOf("admission-mode", options.admission_mode, {"optimistic", "reserve"}));
   RETURN_IF_ERROR(CheckOneOf("overlap", options.overlap, {"auto", "on", "off"}));
-  RETURN_IF_ERROR(CheckOneOf("quantize", options.quantize, {"none", "int8", "int4", "fp8"}));
+  RETURN_IF_ERROR(CheckOneOf("quantize", options.quantize, {"none", "int8", "int4", "fp8", "fp8-dynamic"}));
   RETURN_IF_ERROR(CheckOneOf("kv-cache-dtype", options.kv_cache_dtype, {"bf16", "fp32", "fp8"}));
   RETURN_IF_ERROR(CheckOneOf("log-format", options.log_format, {"text", "json"}));
   RETURN_IF_ERROR(CheckOneOf("metrics-compat", options.metrics_compat, {"none", "vllm"}));
@@ -317,6 +318,7 @@ engine::Quantization ServerOptions::quantization() const {
   if (quantize == "int8") return engine::Quantization::kInt8;
   if (quantize == "int4") return engine::Quantization::kInt4;
   if (quantize == "fp8") return engine::Quantization::kFp8;
+  if (quantize == "fp8-dynamic") return engine::Quantization::kFp8Dynamic;
   return engine::Quantization::kOff;
 }
 

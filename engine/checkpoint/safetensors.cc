@@ -31,6 +31,7 @@ std::optional<DType> ParseDType(const std::string& text) {
   if (text == "BF16") return DType::kBf16;
   if (text == "F16") return DType::kF16;
   if (text == "F32") return DType::kF32;
+  if (text == "F8_E4M3") return DType::kE4m3;
   return std::nullopt;
 }
 
@@ -74,7 +75,7 @@ absl::StatusOr<StoredTensor> ParseTensor(const std::string& file, const std::str
   const JsonValue* dtype = info.Find("dtype");
   const std::optional<DType> parsed_dtype =
       dtype != nullptr && dtype->is(JsonValue::Type::kString) ? ParseDType(dtype->string) : std::nullopt;
-  if (!parsed_dtype) return BadTensor(file, name, DescribeMember(info, "dtype") + ", supported: BF16, F16, F32");
+  if (!parsed_dtype) return BadTensor(file, name, DescribeMember(info, "dtype") + ", supported: BF16, F16, F32, F8_E4M3");
   const std::optional<std::vector<int64_t>> shape = Integers(info.Find("shape"), kMaxRank);
   if (!shape) return BadTensor(file, name, DescribeMember(info, "shape") + " is not a list of up to 8 sizes");
   const std::optional<std::vector<int64_t>> offsets = Integers(info.Find("data_offsets"), 2);

@@ -1,24 +1,24 @@
 #include "engine/cuda/cublaslt_matmul.h"
 
-#include <cublasLt.h>
-#include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdio>
-#include <cstring>
 #include <fstream>
 #include <limits>
 #include <map>
 #include <sstream>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "engine/base/log.h"
 #include "engine/base/status_macros.h"
+#include "engine/cuda/cublaslt_library.h"
 #include "engine/cuda/device_memory.h"
+#include "engine/cuda/fp8_scratch.h"
 
 namespace minitron::engine::cuda {
 namespace {
@@ -28,107 +28,26 @@ constexpr int kMaxCandidates = 16;
 // The rows a batch-invariant choice is timed at, if there are as many: a full decode step.
 constexpr int kInvariantRows = 64;
 constexpr int kTimedRuns = 10;
-constexpr const char* kLibraryName = "libcublasLt.so." CUBLASLT_MAJOR;
+// Of a product that is scaled afterwards, at a time: 256 rows of the 8B's widest matrix, which stay in the cache.
+constexpr int64_t kProductBytes = 16 << 20;
 
-absl::Status LtStatus(cublasStatus_t status, const char* what) {
-  if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
-  const std::string message = absl::StrCat("cublasLt: ", what, ": status ", static_cast<int>(status));
-  return status == CUBLAS_STATUS_NOT_INITIALIZED ? absl::FailedPreconditionError(message)
-                                                 : absl::InternalError(message);
-}
-
-// The library's functions. Never unloaded: its kernels may be part of recorded steps.
-struct Library {
-  decltype(&cublasLtCreate) create;
-  decltype(&cublasLtDestroy) destroy;
-  decltype(&cublasLtGetVersion) version;
-  decltype(&cublasLtMatmul) matmul;
-  decltype(&cublasLtMatmulDescCreate) desc_create;
-  decltype(&cublasLtMatmulDescDestroy) desc_destroy;
-  decltype(&cublasLtMatmulDescSetAttribute) desc_set;
-  decltype(&cublasLtMatrixLayoutCreate) layout_create;
-  decltype(&cublasLtMatrixLayoutDestroy) layout_destroy;
-  decltype(&cublasLtMatmulPreferenceCreate) preference_create;
-  decltype(&cublasLtMatmulPreferenceDestroy) preference_destroy;
-  decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set;
-  decltype(&cublasLtMatmulAlgoGetHeuristic) heuristic;
-  decltype(&cublasLtMatmulAlgoCheck) check;
-
-  static absl::StatusOr<Library> Load() {
-    void* handle = dlopen(kLibraryName, RTLD_NOW | RTLD_LOCAL);
-    if (handle == nullptr) handle = dlopen(CUBLASLT_FOLDER "/libcublasLt.so." CUBLASLT_MAJOR, RTLD_NOW | RTLD_LOCAL);
-    if (handle == nullptr) {
-      return absl::FailedPreconditionError(absl::StrCat("the cuda backend needs ", kLibraryName, ": ", dlerror()));
-    }
-    Library library = {};
-    bool complete = true;
-    const auto find = [&](auto& function, const char* name) {
-      function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(handle, name));
-      complete &= function != nullptr;
-    };
-    find(library.create, "cublasLtCreate");
-    find(library.destroy, "cublasLtDestroy");
-    find(library.version, "cublasLtGetVersion");
-    find(library.matmul, "cublasLtMatmul");
-    find(library.desc_create, "cublasLtMatmulDescCreate");
-    find(library.desc_destroy, "cublasLtMatmulDescDestroy");
-    find(library.desc_set, "cublasLtMatmulDescSetAttribute");
-    find(library.layout_create, "cublasLtMatrixLayoutCreate");
-    find(library.layout_destroy, "cublasLtMatrixLayoutDestroy");
-    find(library.preference_create, "cublasLtMatmulPreferenceCreate");
-    find(library.preference_destroy, "cublasLtMatmulPreferenceDestroy");
-    find(library.preference_set, "cublasLtMatmulPreferenceSetAttribute");
-    find(library.heuristic, "cublasLtMatmulAlgoGetHeuristic");
-    find(library.check, "cublasLtMatmulAlgoCheck");
-    if (!complete) return absl::FailedPreconditionError(absl::StrCat(kLibraryName, " lacks a function"));
-    return library;
-  }
-};
-
-struct Shape {
-  int rows, outs, depth;
-  cudaDataType_t out_type;
-  Store store;
-};
 // What a choice is kept under: rows (0 stands for every number of them), outs, depth, kind.
 using Key = std::tuple<int, int, int, int>;
-int KindOf(const Shape& shape) { return static_cast<int>(shape.out_type) + (shape.store == Store::kAdd ? 256 : 0); }
+int KindOf(const LtShape& shape) {
+  return static_cast<int>(shape.out_type) + (shape.store == Store::kAdd ? 256 : 0) + (shape.fp8 ? 512 : 0);
+}
 
-// Descriptors of out = x * w^T, row-major. To the library matrices are column-major: out^T [outs, rows] =
-// (w^T)^T [depth, outs] * x^T [depth, rows], "TN", the only form its FP8 kernels take as well.
-class Problem {
- public:
-  Problem(const Library& library, const Shape& shape) : library_(library) {
-    const cublasOperation_t transposed = CUBLAS_OP_T;
-    Keep(library.desc_create(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    if (ok()) Keep(library.desc_set(desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof(transposed)));
-    if (ok()) Keep(library.layout_create(&w, CUDA_R_16BF, shape.depth, shape.outs, shape.depth));
-    if (ok()) Keep(library.layout_create(&x, CUDA_R_16BF, shape.depth, shape.rows, shape.depth));
-    if (ok()) Keep(library.layout_create(&out, shape.out_type, shape.outs, shape.rows, shape.outs));
-  }
-  Problem(const Problem&) = delete;
-  Problem& operator=(const Problem&) = delete;
-  ~Problem() {
-    if (out != nullptr) library_.layout_destroy(out);
-    if (x != nullptr) library_.layout_destroy(x);
-    if (w != nullptr) library_.layout_destroy(w);
-    if (desc != nullptr) library_.desc_destroy(desc);
-  }
-  bool ok() const { return status_ == CUBLAS_STATUS_SUCCESS; }
-  absl::Status status() const { return LtStatus(status_, "descriptors"); }
-
-  cublasLtMatmulDesc_t desc = nullptr;
-  cublasLtMatrixLayout_t w = nullptr, x = nullptr, out = nullptr;
-
- private:
-  void Keep(cublasStatus_t status) { status_ = status; }
-  const Library& library_;
-  cublasStatus_t status_ = CUBLAS_STATUS_SUCCESS;
+// Where the operands of a product are.
+struct Operands {
+  const void* x;
+  const void* w;
+  void* out;
+  LtScales scales = {};
 };
 
 class CublasLtMatMul final : public MatMul {
  public:
-  CublasLtMatMul(const Library& library, const CublasLtOptions& options) : library_(library), options_(options) {}
+  CublasLtMatMul(const CublasLt& library, const CublasLtOptions& options) : library_(library), options_(options) {}
   ~CublasLtMatMul() override {
     if (handle_ != nullptr) library_.destroy(handle_);
   }
@@ -146,21 +65,57 @@ class CublasLtMatMul final : public MatMul {
 
   absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Store store, Bf16* out,
                    cudaStream_t stream) override {
-    return RunAs({rows, outs, depth, CUDA_R_16BF, store}, x, w, out, stream);
+    return RunAs({rows, outs, depth, CUDA_R_16BF, store}, {x, w, out}, stream);
   }
   absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, float* out,
                    cudaStream_t stream) override {
-    return RunAs({rows, outs, depth, CUDA_R_32F, Store::kReplace}, x, w, out, stream);
+    return RunAs({rows, outs, depth, CUDA_R_32F}, {x, w, out}, stream);
   }
-  int64_t workspace_bytes() const override { return kWorkspaceBytes; }
+  absl::Status Run(const Bf16* x, const Fp8Matrix& w, int rows, int outs, int depth, Store store, Bf16* out,
+                   cudaStream_t stream) override {
+    ASSIGN_OR_RETURN(const Fp8Matrix a, fp8_.Quantize(x, rows, depth, stream));
+    if (row_scales_) {
+      return RunAs({rows, outs, depth, CUDA_R_16BF, store, true}, {a.codes, w.codes, out, {a.scales, w.scales}},
+                   stream);
+    }
+    return fp8_.MultiplyThenScale(a, w, rows, outs, store, out, stream, [&](int first, int count, float* product) {
+      return RunAs({count, outs, depth, CUDA_R_32F, Store::kReplace, true},
+                   {a.codes + int64_t{first} * depth, w.codes, product}, stream);
+    });
+  }
+
+  // Scales for each row of both operands are there on sm_90 alone, from 12.9 on; elsewhere the product is computed
+  // without scales and scaled by a kernel of ours.
+  absl::Status PrepareFp8(int max_rows, int max_outs, int max_depth) override {
+    LtShape shape{max_rows, max_outs, max_depth, CUDA_R_16BF, Store::kReplace, true};
+    ASSIGN_OR_RETURN(fp8_, Fp8Scratch::Allocate(max_rows, max_outs, max_depth, 0));
+    // The library looks at where scales are, not at what they hold.
+    const auto* anywhere = reinterpret_cast<const float*>(workspace_.data());
+    row_scales_ = kHasRowScales && HasAlgorithm(shape, {anywhere, anywhere});
+    if (row_scales_) return absl::OkStatus();
+    shape.out_type = CUDA_R_32F;
+    if (!HasAlgorithm(shape, {})) {
+      return absl::FailedPreconditionError(absl::StrCat("cublasLt ", library_.version(),
+                                                        " has no product in fp8 on this device; quantization fp8 has "
+                                                        "weights of the same size"));
+    }
+    ASSIGN_OR_RETURN(fp8_, Fp8Scratch::Allocate(max_rows, max_outs, max_depth, kProductBytes));
+    return absl::OkStatus();
+  }
+  int64_t workspace_bytes() const override { return kWorkspaceBytes + fp8_.num_bytes(); }
 
  private:
-  Key KeyOf(const Shape& shape) const {
+  bool HasAlgorithm(const LtShape& shape, const LtScales& scales) {
+    const LtProblem problem(library_, shape, scales);
+    return problem.status().ok() && Candidates(problem).ok();
+  }
+
+  Key KeyOf(const LtShape& shape) const {
     return {options_.batch_invariant ? 0 : shape.rows, shape.outs, shape.depth, KindOf(shape)};
   }
 
-  absl::Status RunAs(const Shape& shape, const Bf16* x, const Bf16* w, void* out, cudaStream_t stream) {
-    const Problem problem(library_, shape);
+  absl::Status RunAs(const LtShape& shape, const Operands& operands, cudaStream_t stream) {
+    const LtProblem problem(library_, shape, operands.scales);
     RETURN_IF_ERROR(problem.status());
     auto found = choices_.find(KeyOf(shape));
     if (found != choices_.end() && !found->second.checked) {
@@ -173,30 +128,31 @@ class CublasLtMatMul final : public MatMul {
       }
     }
     if (found == choices_.end()) {
-      RETURN_IF_ERROR(Choose(shape, x, w, out, stream));
+      RETURN_IF_ERROR(Choose(shape, operands, stream));
       found = choices_.find(KeyOf(shape));
     }
-    return Enqueue(problem, found->second.algorithm, shape.store, x, w, out, stream);
+    return Enqueue(problem, found->second.algorithm, shape.store, operands, stream);
   }
 
   // Whether the library takes an algorithm, which may come from a file, for a problem.
-  bool IsUsable(const Problem& problem, const cublasLtMatmulAlgo_t& algorithm) const {
+  bool IsUsable(const LtProblem& problem, const cublasLtMatmulAlgo_t& algorithm) const {
     cublasLtMatmulHeuristicResult_t result = {};
     return library_.check(handle_, problem.desc, problem.w, problem.x, problem.out, problem.out, &algorithm, &result) ==
                CUBLAS_STATUS_SUCCESS &&
            result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= static_cast<size_t>(kWorkspaceBytes);
   }
 
-  absl::Status Enqueue(const Problem& problem, const cublasLtMatmulAlgo_t& algorithm, Store store, const Bf16* x,
-                       const Bf16* w, void* out, cudaStream_t stream) {
+  absl::Status Enqueue(const LtProblem& problem, const cublasLtMatmulAlgo_t& algorithm, Store store,
+                       const Operands& operands, cudaStream_t stream) {
     const float alpha = 1.0f, beta = store == Store::kAdd ? 1.0f : 0.0f;
-    return LtStatus(library_.matmul(handle_, problem.desc, &alpha, w, problem.w, x, problem.x, &beta, out, problem.out,
-                                    out, problem.out, &algorithm, workspace_.data(), kWorkspaceBytes, stream),
+    return LtStatus(library_.matmul(handle_, problem.desc, &alpha, operands.w, problem.w, operands.x, problem.x, &beta,
+                                    operands.out, problem.out, operands.out, problem.out, &algorithm, workspace_.data(),
+                                    kWorkspaceBytes, stream),
                     "matmul");
   }
 
   // The candidates of the library's heuristic for a shape, best guess first.
-  absl::StatusOr<std::vector<cublasLtMatmulAlgo_t>> Candidates(const Problem& problem) {
+  absl::StatusOr<std::vector<cublasLtMatmulAlgo_t>> Candidates(const LtProblem& problem) {
     cublasLtMatmulPreference_t preference = nullptr;
     RETURN_IF_ERROR(LtStatus(library_.preference_create(&preference), "preference"));
     const uint64_t workspace = kWorkspaceBytes;
@@ -227,17 +183,17 @@ class CublasLtMatMul final : public MatMul {
   }
 
   // Times the candidates where that is possible and keeps the fastest.
-  absl::Status Choose(const Shape& shape, const Bf16* x, const Bf16* w, void* out, cudaStream_t stream) {
+  absl::Status Choose(const LtShape& shape, const Operands& operands, cudaStream_t stream) {
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
     RETURN_IF_ERROR(ToStatus(cudaStreamIsCapturing(stream, &capturing), "capture status"));
-    Shape asked = shape;
+    LtShape asked = shape;
     if (options_.batch_invariant) asked.rows = std::min(asked.rows, kInvariantRows);
-    const Problem problem(library_, asked);
+    const LtProblem problem(library_, asked, operands.scales);
     RETURN_IF_ERROR(problem.status());
     ASSIGN_OR_RETURN(const std::vector<cublasLtMatmulAlgo_t> candidates, Candidates(problem));
     size_t best = 0;
     if (capturing == cudaStreamCaptureStatusNone) {
-      ASSIGN_OR_RETURN(best, Fastest(problem, candidates, asked, x, w, out, stream));
+      ASSIGN_OR_RETURN(best, Fastest(problem, candidates, asked, operands, stream));
     }
     choices_[KeyOf(shape)] = {candidates[best], true};
     SaveChoices();
@@ -245,8 +201,8 @@ class CublasLtMatMul final : public MatMul {
   }
 
   // The index of the fastest candidate. What `out` holds is kept aside meanwhile where the product adds to it.
-  absl::StatusOr<size_t> Fastest(const Problem& problem, const std::vector<cublasLtMatmulAlgo_t>& candidates,
-                                 const Shape& shape, const Bf16* x, const Bf16* w, void* out, cudaStream_t stream) {
+  absl::StatusOr<size_t> Fastest(const LtProblem& problem, const std::vector<cublasLtMatmulAlgo_t>& candidates,
+                                 const LtShape& shape, const Operands& operands, cudaStream_t stream) {
     const int64_t num_bytes = int64_t{shape.rows} * shape.outs * static_cast<int64_t>(sizeof(Bf16));
     const auto copy = [&](void* to, const void* from) {
       return ToStatus(cudaMemcpyAsync(to, from, static_cast<size_t>(num_bytes), cudaMemcpyDeviceToDevice, stream),
@@ -255,31 +211,31 @@ class CublasLtMatMul final : public MatMul {
     DeviceBuffer<unsigned char> kept;
     if (shape.store == Store::kAdd) {
       ASSIGN_OR_RETURN(kept, DeviceBuffer<unsigned char>::Allocate(num_bytes));
-      RETURN_IF_ERROR(copy(kept.data(), out));
+      RETURN_IF_ERROR(copy(kept.data(), operands.out));
     }
     size_t best = 0;
     float best_ms = std::numeric_limits<float>::infinity();
     for (size_t i = 0; i < candidates.size(); ++i) {
-      ASSIGN_OR_RETURN(const float ms, Time(problem, candidates[i], shape.store, x, w, out, stream));
+      ASSIGN_OR_RETURN(const float ms, Time(problem, candidates[i], shape.store, operands, stream));
       if (ms < best_ms) best_ms = ms, best = i;
     }
     if (shape.store == Store::kAdd) {
-      RETURN_IF_ERROR(copy(out, kept.data()));
+      RETURN_IF_ERROR(copy(operands.out, kept.data()));
       RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(stream), "stream"));  // before the copy goes
     }
     return best;
   }
 
-  absl::StatusOr<float> Time(const Problem& problem, const cublasLtMatmulAlgo_t& algorithm, Store store, const Bf16* x,
-                             const Bf16* w, void* out, cudaStream_t stream) {
+  absl::StatusOr<float> Time(const LtProblem& problem, const cublasLtMatmulAlgo_t& algorithm, Store store,
+                             const Operands& operands, cudaStream_t stream) {
     cudaEvent_t handles[2] = {};
     RETURN_IF_ERROR(ToStatus(cudaEventCreate(&handles[0]), "event"));
     const Event begin(handles[0]);
     RETURN_IF_ERROR(ToStatus(cudaEventCreate(&handles[1]), "event"));
     const Event end(handles[1]);
-    if (!Enqueue(problem, algorithm, store, x, w, out, stream).ok()) return std::numeric_limits<float>::infinity();
+    if (!Enqueue(problem, algorithm, store, operands, stream).ok()) return std::numeric_limits<float>::infinity();
     RETURN_IF_ERROR(ToStatus(cudaEventRecord(begin.get(), stream), "record event"));
-    for (int run = 0; run < kTimedRuns; ++run) RETURN_IF_ERROR(Enqueue(problem, algorithm, store, x, w, out, stream));
+    for (int run = 0; run < kTimedRuns; ++run) RETURN_IF_ERROR(Enqueue(problem, algorithm, store, operands, stream));
     RETURN_IF_ERROR(ToStatus(cudaEventRecord(end.get(), stream), "record event"));
     RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(end.get()), "wait for a timed product"));
     float ms = 0.0f;
@@ -324,10 +280,12 @@ class CublasLtMatMul final : public MatMul {
     cublasLtMatmulAlgo_t algorithm;
     bool checked;  // by this library, with this shape
   };
-  const Library library_;
+  const CublasLt library_;
   const CublasLtOptions options_;
   cublasLtHandle_t handle_ = nullptr;
   DeviceBuffer<unsigned char> workspace_;
+  Fp8Scratch fp8_;
+  bool row_scales_ = false;
   std::string fingerprint_;
   std::map<Key, Choice> choices_;
 };
@@ -335,7 +293,7 @@ class CublasLtMatMul final : public MatMul {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<MatMul>> CreateCublasLtMatMul(const CublasLtOptions& options) {
-  ASSIGN_OR_RETURN(const Library library, Library::Load());
+  ASSIGN_OR_RETURN(const CublasLt library, CublasLt::Load());
   auto matmul = std::make_unique<CublasLtMatMul>(library, options);
   RETURN_IF_ERROR(matmul->Start());
   return matmul;

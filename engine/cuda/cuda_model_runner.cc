@@ -25,6 +25,20 @@ ModelInfo Describe(const NemotronConfig& config, const NemotronWeights& weights,
   return info;
 }
 
+absl::Status PrepareFp8(const NemotronConfig& config, const RunnerLimits& limits, const DeviceInfo& device,
+                        MatMul& matmul) {
+  if (device.compute_capability < kFp8ComputeCapability) {
+    return absl::FailedPreconditionError(
+        absl::StrFormat("quantization fp8-dynamic needs compute capability 8.9 for products in fp8, device 0 has %.1f; "
+                        "quantization fp8 has weights of the same size",
+                        device.compute_capability / 10.0));
+  }
+  const int qkv_width = config.query_width() + 2 * config.key_value_width();
+  const int max_outs = std::max({qkv_width, config.intermediate_size, config.hidden_size});
+  const int max_depth = std::max({config.hidden_size, config.query_width(), config.intermediate_size});
+  return matmul.PrepareFp8(limits.max_num_tokens, max_outs, max_depth);
+}
+
 }  // namespace
 
 absl::StatusOr<DeviceInfo> OpenDevice() {
@@ -59,11 +73,12 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaModelRunner(const Nemotro
                                                                    const DeviceInfo& device,
                                                                    std::unique_ptr<MatMul> matmul,
                                                                    Quantization quantization) {
+  RETURN_IF_ERROR(CudaOps::CheckShapes(config, limits));
+  RETURN_IF_ERROR(DeviceWeights::CheckShapes(config, weights, quantization));
+  if (quantization == Quantization::kFp8Dynamic) RETURN_IF_ERROR(PrepareFp8(config, limits, device, *matmul));
   size_t free_bytes = 0, total_bytes = 0;
   RETURN_IF_ERROR(ToStatus(cudaMemGetInfo(&free_bytes, &total_bytes), "memory info"));
   const DeviceMemory memory{static_cast<int64_t>(free_bytes), static_cast<int64_t>(total_bytes)};
-  RETURN_IF_ERROR(CudaOps::CheckShapes(config, limits));
-  RETURN_IF_ERROR(DeviceWeights::CheckShapes(config, quantization));
   const int64_t matmul_bytes = matmul->workspace_bytes();
   ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(config, DeviceWeights::NumBytes(weights, quantization), limits,
                                                      matmul->workspace_bytes(), memory));

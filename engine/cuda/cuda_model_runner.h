@@ -15,6 +15,7 @@
 namespace minitron::engine::cuda {
 
 inline constexpr int kMinComputeCapability = 80;  // mma on bf16, cp.async
+inline constexpr int kFp8ComputeCapability = 89;  // products in E4M3
 
 // Takes the first device. Errors: FAILED_PRECONDITION: no device, no driver, or older than kMinComputeCapability.
 struct DeviceInfo {
@@ -33,8 +34,8 @@ int64_t KvBytesPerToken(const NemotronConfig& config, KvCacheType type);
 // everything and records the decode steps. Quantized products are the own kernel's, the rest are `matmul`'s.
 // limits.num_kv_blocks 0: as many blocks as the memory left holds, but no more than every sequence's full context.
 // Prints the memory it took as a table on the log. After it returns, nothing is allocated on the device but for steps
-// with thousands of logit biases. Errors: INVALID_ARGUMENT (a shape without a kernel), RESOURCE_EXHAUSTED (memory),
-// INTERNAL (the device failed).
+// with thousands of logit biases. Errors: INVALID_ARGUMENT (a shape without a kernel), FAILED_PRECONDITION (kFp8Dynamic
+// where the device or the library has no product in E4M3), RESOURCE_EXHAUSTED (memory), INTERNAL (the device failed).
 absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaModelRunner(const NemotronConfig& config,
                                                                    const NemotronWeights& weights, RunnerLimits limits,
                                                                    const DeviceInfo& device,

@@ -222,6 +222,11 @@ void CudaOps::Multiply(ConstMatrix x, const WeightView& w, Store store, Matrix o
   if (!status_.ok()) return;
   CHECK(x.cols == w.cols && out.cols == w.rows && out.rows == x.rows);
   const int rows = static_cast<int>(x.rows), outs = static_cast<int>(w.rows), depth = static_cast<int>(w.cols);
+  if (w.dtype == DType::kE4m3) {
+    const Fp8Matrix matrix{static_cast<const uint8_t*>(w.data), w.scales};
+    Check(matmul_->Run(x.data, matrix, rows, outs, depth, store, out.data, stream_.get()));
+    return;
+  }
   if (!IsTiles(w.dtype)) {
     CHECK(w.dtype == DType::kBf16);
     Check(matmul_->Run(x.data, static_cast<const Bf16*>(w.data), rows, outs, depth, store, out.data, stream_.get()));
@@ -258,7 +263,7 @@ void CudaOps::ProjectQkv(ConstMatrix x, const WeightView& wq, const WeightView& 
                          Matrix k, Matrix v) {
   CHECK(DeviceWeights::Adjoin(wq, wk) && DeviceWeights::Adjoin(wk, wv));
   CHECK(k.data == q.data + q.rows * q.cols && v.data == k.data + k.rows * k.cols);
-  const WeightView fused{wq.data, wq.dtype, wq.rows + wk.rows + wv.rows, wq.cols};
+  const WeightView fused{wq.data, wq.dtype, wq.rows + wk.rows + wv.rows, wq.cols, wq.scales};
   Multiply(x, fused, Store::kReplace, Matrix{q.data, q.rows, q.cols + k.cols + v.cols});
 }
 

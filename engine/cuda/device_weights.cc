@@ -6,6 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -40,6 +41,9 @@ uint16_t RoundToBf16(float value) {
 }
 
 float ElementAsFloat(const WeightView& weight, int64_t i) {
+  if (weight.dtype == DType::kE4m3) {
+    return E4m3Value(static_cast<const uint8_t*>(weight.data)[i]) * weight.scales[i / weight.cols];
+  }
   if (weight.dtype == DType::kF32) return static_cast<const float*>(weight.data)[i];
   const uint16_t bits = static_cast<const uint16_t*>(weight.data)[i];
   return weight.dtype == DType::kF16 ? F16ToFloat(bits) : std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
@@ -68,42 +72,55 @@ void ConvertToFloat(const WeightView& weight, int64_t first, int64_t count, floa
 
 namespace {
 
-// What a quantized matrix is stored as. The head decides between near-equal tokens: it never has less than 8 bits.
-DType MatrixType(Quantization quantization) {
-  constexpr DType kTypes[] = {DType::kBf16, DType::kInt8Tiles, DType::kInt4Tiles, DType::kE4m3Tiles};
-  return kTypes[static_cast<int>(quantization)];
+// What matrices that are one to the product are stored as: as asked for; else in E4M3 if they all are.
+template <typename Views>
+DType MatrixType(const Views& views, Quantization quantization) {
+  constexpr DType kTypes[] = {DType::kBf16, DType::kInt8Tiles, DType::kInt4Tiles, DType::kE4m3Tiles, DType::kE4m3};
+  const bool fp8 = std::all_of(views.begin(), views.end(), [](const auto* v) { return v->dtype == DType::kE4m3; });
+  return fp8 && quantization == Quantization::kOff ? DType::kE4m3Tiles : kTypes[static_cast<int>(quantization)];
 }
-DType HeadType(Quantization quantization) {
-  return MatrixType(quantization == Quantization::kInt4 ? Quantization::kInt8 : quantization);
+// The head decides between near-equal tokens: it never has less than 8 bits, and its input 16.
+template <typename View>
+DType HeadType(View& head, Quantization quantization) {
+  const Quantization least = quantization == Quantization::kInt4         ? Quantization::kInt8
+                             : quantization == Quantization::kFp8Dynamic ? Quantization::kFp8
+                                                                         : quantization;
+  return MatrixType(std::initializer_list<View*>{&head}, least);
 }
 
 // Calls visit({views}, type on the device) for all tensors, those together that lie one behind the other there.
 template <typename Weights, typename Visit>
 void VisitTensors(Weights& weights, Quantization quantization, const Visit& visit) {
-  const DType matrix = MatrixType(quantization);
+  using View = std::conditional_t<std::is_const_v<Weights>, const WeightView, WeightView>;
+  const auto visit_matrices = [&](std::initializer_list<View*> views) {
+    visit(views, MatrixType(views, quantization));
+  };
   visit({&weights.embedding}, DType::kBf16);
   for (auto& layer : weights.layers) {
     visit({&layer.input_norm_weight}, DType::kF32);
     visit({&layer.input_norm_bias}, DType::kF32);
-    visit({&layer.q_proj, &layer.k_proj, &layer.v_proj}, matrix);
-    visit({&layer.o_proj}, matrix);
+    visit_matrices({&layer.q_proj, &layer.k_proj, &layer.v_proj});
+    visit_matrices({&layer.o_proj});
     visit({&layer.post_norm_weight}, DType::kF32);
     visit({&layer.post_norm_bias}, DType::kF32);
-    visit({&layer.up_proj}, matrix);
-    visit({&layer.down_proj}, matrix);
+    visit_matrices({&layer.up_proj});
+    visit_matrices({&layer.down_proj});
   }
   visit({&weights.final_norm_weight}, DType::kF32);
   visit({&weights.final_norm_bias}, DType::kF32);
-  visit({&weights.lm_head}, HeadType(quantization));
+  visit({&weights.lm_head}, HeadType(weights.lm_head, quantization));
 }
 
-// A tensor as units of which any number can cross by itself: elements, or tiles of 16 rows.
+// A tensor as units of which any number can cross by itself: elements, tiles of 16 rows, or rows of E4M3, whose scales
+// lie elsewhere.
 struct Units {
-  int64_t count, bytes;
+  int64_t count, bytes, scale_bytes;
+  int64_t total() const { return count * (bytes + scale_bytes); }
 };
 Units UnitsOf(const WeightView& view, DType type) {
-  if (!IsTiles(type)) return {view.size(), DTypeBytes(type)};
-  return {NumTiles(view.rows), TileBytes(FormatOf(type), static_cast<int>(view.cols))};
+  if (type == DType::kE4m3) return {view.rows, view.cols, sizeof(float)};
+  if (!IsTiles(type)) return {view.size(), DTypeBytes(type), 0};
+  return {NumTiles(view.rows), TileBytes(FormatOf(type), static_cast<int>(view.cols)), 0};
 }
 
 // Part of a tensor that crosses in one copy.
@@ -111,9 +128,29 @@ struct Piece {
   WeightView source;  // host memory
   DType type = DType::kBf16;
   unsigned char* destination = nullptr;  // of the tensor
+  float* scales = nullptr;               // of the tensor, kE4m3
   int64_t first = 0, count = 0;          // units
   int64_t unit_bytes = 0;
+
+  int64_t num_bytes() const { return count * unit_bytes; }
 };
+
+// Rows of E4M3, then their scales.
+void ConvertToE4m3(const Piece& piece, std::vector<float>& row, unsigned char* out) {
+  const int64_t depth = piece.source.cols;
+  auto* scales = reinterpret_cast<float*>(out + piece.num_bytes());
+  if (piece.source.dtype == DType::kE4m3) {
+    std::memcpy(out, static_cast<const unsigned char*>(piece.source.data) + piece.first * depth,
+                static_cast<size_t>(piece.num_bytes()));
+    std::copy_n(piece.source.scales + piece.first, piece.count, scales);
+    return;
+  }
+  row.resize(static_cast<size_t>(depth));
+  for (int64_t r = 0; r < piece.count; ++r) {
+    ConvertToFloat(piece.source, (piece.first + r) * depth, depth, row.data());
+    scales[r] = QuantizeE4m3Row(row.data(), depth, out + r * depth);
+  }
+}
 
 // Writes the piece as it lies on the device. `rows` is work space.
 void Convert(const Piece& piece, std::vector<float>& rows, unsigned char* out) {
@@ -125,10 +162,20 @@ void Convert(const Piece& piece, std::vector<float>& rows, unsigned char* out) {
     ConvertToFloat(piece.source, piece.first, piece.count, reinterpret_cast<float*>(out));
     return;
   }
+  if (piece.type == DType::kE4m3) {
+    ConvertToE4m3(piece, rows, out);
+    return;
+  }
   const int64_t depth = piece.source.cols;
+  const bool keeps_codes = piece.type == DType::kE4m3Tiles && piece.source.dtype == DType::kE4m3;
   rows.resize(static_cast<size_t>(kTileRows * depth));
   for (int64_t tile = piece.first; tile < piece.first + piece.count; ++tile, out += piece.unit_bytes) {
     const int64_t first_row = tile * kTileRows, count = std::min<int64_t>(kTileRows, piece.source.rows - first_row);
+    if (keeps_codes) {
+      PackE4m3Tile(static_cast<const uint8_t*>(piece.source.data) + first_row * depth, piece.source.scales + first_row,
+                   static_cast<int>(count), static_cast<int>(depth), out);
+      continue;
+    }
     ConvertToFloat(piece.source, first_row * depth, count * depth, rows.data());
     QuantizeTile(FormatOf(piece.type), rows.data(), static_cast<int>(count), static_cast<int>(depth), out);
   }
@@ -180,10 +227,15 @@ class Uploader {
   absl::Status Copy(const Piece& piece, const Turn& turn) {
     RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(turn.crossed.get()), "wait for a copy"));
     Convert(piece, rows_, turn.staging.data());
-    RETURN_IF_ERROR(ToStatus(
-        cudaMemcpyAsync(piece.destination + piece.first * piece.unit_bytes, turn.staging.data(),
-                        static_cast<size_t>(piece.count * piece.unit_bytes), cudaMemcpyHostToDevice, stream_.get()),
-        "copy to device"));
+    const auto copy = [this](void* to, const unsigned char* from, int64_t num_bytes) {
+      return ToStatus(cudaMemcpyAsync(to, from, static_cast<size_t>(num_bytes), cudaMemcpyHostToDevice, stream_.get()),
+                      "copy to device");
+    };
+    RETURN_IF_ERROR(copy(piece.destination + piece.first * piece.unit_bytes, turn.staging.data(), piece.num_bytes()));
+    if (piece.scales != nullptr) {
+      RETURN_IF_ERROR(copy(piece.scales + piece.first, turn.staging.data() + piece.num_bytes(),
+                           piece.count * static_cast<int64_t>(sizeof(float))));
+    }
     return ToStatus(cudaEventRecord(turn.crossed.get(), stream_.get()), "record event");
   }
 
@@ -213,7 +265,7 @@ absl::Status UploadPieces(PieceQueue& queue, int64_t staging_bytes, int most_thr
 int64_t DeviceWeights::NumBytes(const NemotronWeights& host, Quantization quantization) {
   int64_t num_bytes = 0;
   VisitTensors(host, quantization, [&num_bytes](std::initializer_list<const WeightView*> views, DType type) {
-    for (const WeightView* view : views) num_bytes += UnitsOf(*view, type).count * UnitsOf(*view, type).bytes;
+    for (const WeightView* view : views) num_bytes += UnitsOf(*view, type).total();
   });
   return num_bytes;
 }
@@ -222,11 +274,13 @@ bool DeviceWeights::Adjoin(const WeightView& first, const WeightView& second) {
   const Units units = UnitsOf(first, first.dtype);
   return first.dtype == second.dtype && first.cols == second.cols &&
          (!IsTiles(first.dtype) || first.rows % kTileRows == 0) &&
+         (first.dtype != DType::kE4m3 || first.scales + first.rows == second.scales) &&
          static_cast<const unsigned char*>(first.data) + units.count * units.bytes == second.data;
 }
 
-absl::Status DeviceWeights::CheckShapes(const NemotronConfig& config, Quantization quantization) {
-  if (quantization == Quantization::kOff) return absl::OkStatus();
+absl::Status DeviceWeights::CheckShapes(const NemotronConfig& config, const NemotronWeights& host,
+                                        Quantization quantization) {
+  if (quantization == Quantization::kOff && !host.has_fp8()) return absl::OkStatus();
   for (const auto& [name, depth] : {std::pair{"hidden_size", config.hidden_size},
                                     {"intermediate_size", config.intermediate_size},
                                     {"num_attention_heads * head_dim", config.query_width()}}) {
@@ -247,27 +301,31 @@ absl::StatusOr<DeviceWeights> DeviceWeights::Upload(const NemotronWeights& host,
   absl::Status status;
   // Tensors of one buffer: a layer's Q, K and V are one matrix to the product.
   const auto add = [&](std::initializer_list<WeightView*> views, DType type) {
-    int64_t num_bytes = 0;
+    int64_t num_bytes = 0, unscaled_bytes = 0;
     for (const WeightView* view : views) {
       CHECK(!IsPanels(view->dtype) && !IsTiles(view->dtype));
-      num_bytes += UnitsOf(*view, type).count * UnitsOf(*view, type).bytes;
+      num_bytes += UnitsOf(*view, type).total();
+      unscaled_bytes += UnitsOf(*view, type).count * UnitsOf(*view, type).bytes;
     }
     if (!status.ok()) return;
     auto buffer = DeviceBuffer<unsigned char>::Allocate(num_bytes);
     status = buffer.status();
     if (!status.ok()) return;
     unsigned char* destination = buffer->data();
+    auto* scales = type == DType::kE4m3 ? reinterpret_cast<float*>(destination + unscaled_bytes) : nullptr;
     for (WeightView* view : views) {
       const Units units = UnitsOf(*view, type);
       const int64_t most = std::max<int64_t>(1, kStagingBytes / units.bytes);
       for (int64_t first = 0; first < units.count; first += most) {
         const int64_t count = std::min(most, units.count - first);
-        pieces.push_back({*view, type, destination, first, count, units.bytes});
-        staging_bytes = std::max(staging_bytes, count * units.bytes);
+        pieces.push_back({*view, type, destination, scales, first, count, units.bytes});
+        staging_bytes = std::max(staging_bytes, count * (units.bytes + units.scale_bytes));
       }
       view->data = destination;
       view->dtype = type;
+      view->scales = scales;
       destination += units.count * units.bytes;
+      if (scales != nullptr) scales += view->rows;
     }
     device.buffers_.push_back(*std::move(buffer));
   };
@@ -275,8 +333,9 @@ absl::StatusOr<DeviceWeights> DeviceWeights::Upload(const NemotronWeights& host,
   RETURN_IF_ERROR(status);
   PieceQueue queue(std::move(pieces));
   const int num_cores = static_cast<int>(std::thread::hardware_concurrency());
-  const int most_threads =
-      quantization == Quantization::kOff ? kCopyThreads : std::clamp(num_cores, kCopyThreads, kMaxQuantizeThreads);
+  const int most_threads = quantization == Quantization::kOff && !host.has_fp8()
+                               ? kCopyThreads
+                               : std::clamp(num_cores, kCopyThreads, kMaxQuantizeThreads);
   RETURN_IF_ERROR(UploadPieces(queue, staging_bytes, most_threads));
   return device;
 }

@@ -1,4 +1,5 @@
 // DeviceWeights: the model's weights on the device: matrices as bf16 or quantized, embedding as bf16, norms as fp32.
+// Matrices that are in E4M3 on disk keep their codes, unless another format is asked for.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@ class DeviceWeights {
   // What Upload allocates.
   static int64_t NumBytes(const NemotronWeights& host, Quantization quantization);
   // Error: INVALID_ARGUMENT for a depth the quantized product has no kernel for.
-  static absl::Status CheckShapes(const NemotronConfig& config, Quantization quantization);
+  static absl::Status CheckShapes(const NemotronConfig& config, const NemotronWeights& host, Quantization quantization);
 
   // Whether two matrices on the device can be read as one, the second's rows behind the first's.
   static bool Adjoin(const WeightView& first, const WeightView& second);

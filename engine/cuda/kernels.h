@@ -126,4 +126,25 @@ cudaError_t ReferenceMatMul(const Bf16* x, const Bf16* w, int rows, int outs, in
 cudaError_t ReferenceMatMul(const Bf16* x, const Bf16* w, int rows, int outs, int depth, float* out,
                             cudaStream_t stream);
 
+// --- Products in E4M3 (fp8_matmul.cu). ---
+
+// A row-major matrix of E4M3 codes; an element is its code's value times its row's scale.
+struct Fp8Matrix {
+  const uint8_t* codes;  // [rows, cols]
+  const float* scales;   // [rows]
+};
+
+// Rows of x as E4M3: scales[r] = largest magnitude of row r / 448, codes the nearest to x / scale. A row that is not
+// finite has zeros and a scale of NaN.   x, codes [rows, cols], cols a multiple of 8
+cudaError_t QuantizeRows(const Bf16* x, int rows, int cols, uint8_t* codes, float* scales, cudaStream_t stream);
+
+// product = codes of x * codes of w ^T, without their scales, in one order per output. The reference, never fast.
+cudaError_t ReferenceFp8MatMul(const uint8_t* x, const uint8_t* w, int rows, int outs, int depth, float* product,
+                               cudaStream_t stream);
+
+// out = product[r, o] * x_scales[r] * w_scales[o], or out += that: what a product without scales lacks.
+// outs a multiple of 8
+cudaError_t ScaleProduct(const float* product, const float* x_scales, const float* w_scales, int rows, int outs,
+                         Store store, Bf16* out, cudaStream_t stream);
+
 }  // namespace minitron::engine::cuda

@@ -1,10 +1,14 @@
 #include "engine/cuda/matmul.h"
 
+#include "engine/base/status_macros.h"
 #include "engine/cuda/device_memory.h"
+#include "engine/cuda/fp8_scratch.h"
 #include "engine/cuda/kernels.h"
 
 namespace minitron::engine::cuda {
 namespace {
+
+constexpr int64_t kProductBytes = 1 << 20;
 
 class ReferenceMatMulImpl final : public MatMul {
  public:
@@ -16,7 +20,24 @@ class ReferenceMatMulImpl final : public MatMul {
                    cudaStream_t stream) override {
     return ToStatus(ReferenceMatMul(x, w, rows, outs, depth, out, stream), "matmul");
   }
-  int64_t workspace_bytes() const override { return 0; }
+  absl::Status Run(const Bf16* x, const Fp8Matrix& w, int rows, int outs, int depth, Store store, Bf16* out,
+                   cudaStream_t stream) override {
+    ASSIGN_OR_RETURN(const Fp8Matrix activations, fp8_.Quantize(x, rows, depth, stream));
+    return fp8_.MultiplyThenScale(activations, w, rows, outs, store, out, stream,
+                                  [&](int first, int count, float* product) {
+                                    return ToStatus(ReferenceFp8MatMul(activations.codes + int64_t{first} * depth,
+                                                                       w.codes, count, outs, depth, product, stream),
+                                                    "fp8 matmul");
+                                  });
+  }
+  absl::Status PrepareFp8(int max_rows, int max_outs, int max_depth) override {
+    ASSIGN_OR_RETURN(fp8_, Fp8Scratch::Allocate(max_rows, max_outs, max_depth, kProductBytes));
+    return absl::OkStatus();
+  }
+  int64_t workspace_bytes() const override { return fp8_.num_bytes(); }
+
+ private:
+  Fp8Scratch fp8_;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "engine/base/check.h"
+#include "engine/cuda/e4m3.cuh"
 
 namespace minitron::engine::cuda {
 namespace {
@@ -114,6 +115,37 @@ void QuantizeTile(WeightFormat format, const float* weights, int rows, int depth
       }
     }
   }
+}
+
+void PackE4m3Tile(const uint8_t* codes, const float* scales, int rows, int depth, unsigned char* tile) {
+  CHECK(rows > 0 && rows <= kTileRows && depth % kDepthStep == 0);
+  std::memset(tile, 0, static_cast<size_t>(TileBytes(WeightFormat::kE4m3, depth)));
+  auto* tile_scales = reinterpret_cast<uint16_t*>(tile + TileWeightBytes(WeightFormat::kE4m3, depth));
+  for (int row = 0; row < rows; ++row) {
+    bool broken = false;
+    for (int i = 0; i < depth; ++i) {
+      const uint8_t code = codes[int64_t{row} * depth + i];
+      broken |= (code & 0x7Fu) == 0x7Fu;
+      PutByte(tile, row, i, code);
+    }
+    constexpr uint16_t kNaN = 0x7FC0;  // the kernel reads that code as a number; the row must not pass for one
+    tile_scales[row] = broken ? kNaN : RoundToBf16(scales[row]);
+  }
+}
+
+float QuantizeE4m3Row(const float* values, int64_t count, uint8_t* codes) {
+  const float largest = Largest(values, static_cast<int>(count));
+  const float inverse = largest > 0.0f ? kMaxE4m3 / largest : 0.0f;
+  for (int64_t i = 0; i < count; ++i) codes[i] = NearestE4m3(values[i] * inverse);
+  return largest / kMaxE4m3;
+}
+
+float E4m3Value(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  if ((code & 0x7Fu) == 0x7Fu) return std::nanf("");
+  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                        : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return (code & 0x80u) != 0 ? -magnitude : magnitude;
 }
 
 }  // namespace minitron::engine::cuda

@@ -33,6 +33,14 @@ HOST_DEVICE constexpr int64_t NumTiles(int64_t rows) { return (rows + kTileRows 
 
 // Quantizes one tile: `rows` rows (at most 16) of `depth` numbers each, into TileBytes of memory. Host only.
 void QuantizeTile(WeightFormat format, const float* weights, int rows, int depth, unsigned char* tile);
+// A tile of rows that are in E4M3 already: the codes stay as they are, the scales are rounded to bf16. Host only.
+void PackE4m3Tile(const uint8_t* codes, const float* scales, int rows, int depth, unsigned char* tile);
+
+// One row for products in E4M3: the nearest codes to values / scale. Returns the scale: the largest magnitude / 448.
+// Host only.
+float QuantizeE4m3Row(const float* values, int64_t count, uint8_t* codes);
+// The value of a code; NaN for the two codes that are no number. Host only.
+float E4m3Value(uint8_t code);
 
 // out = x * w^T, or out += x * w^T, sums in fp32 in one order per output whatever the number of rows.
 //   x [rows, depth], out [rows, outs]

@@ -211,9 +211,25 @@ TEST(ModelConfig, UnsupportedVariantsAreRefused) {
   ExpectRefused(start + R"("rope_parameters": {"rope_type": "yarn"}})", "rope_parameters.rope_type", "yarn");
   ExpectRefused(start + R"("rope_parameters": {"rope_type": null}})", "rope_parameters.rope_type", "null");
   ExpectRefused(start + R"("rope_parameters": []})", "rope_parameters", "[]");
-  ExpectRefused(start + R"("quantization_config": {"quant_method": "fp8"}})", "quantization_config", "quant_method");
+  ExpectRefused(start + R"("quantization_config": {"quant_method": "gptq"}})", "quantization_config", "supported: ");
+  ExpectRefused(start + R"("quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}})",
+                "quantization_config", "float-quantized");
+  ExpectRefused(start + R"("quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}})",
+                "quantization_config.weight_block_size", "[128");
+  ExpectRefused(start + R"("quantization_config": "fp8"})", "quantization_config", "fp8");
   ExpectRefused(start + R"("torch_dtype": "float8_e4m3fn"})", "torch_dtype", "float8_e4m3fn");
   ExpectRefused(start + R"("dtype": 16})", "dtype", "16");
+}
+
+TEST(ModelConfig, CheckpointsInFp8AreRead) {
+  const std::string start = R"({"model_type": "nemotron", "quantization_config": )";
+  for (const std::string quantization :
+       {R"({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]})",
+        R"({"quant_method": "fp8", "weight_block_size": null})",
+        R"({"quant_method": "compressed-tensors", "format": "float-quantized"})", "null"}) {
+    const auto config = ParseNemotronConfig(start + quantization + "}");
+    EXPECT_TRUE(config.ok()) << config.status();
+  }
 }
 
 TEST(ModelConfig, ValuesOutOfRangeAreRefused) {

@@ -76,6 +76,17 @@ TEST(ModelRunnerFactoryTest, Fp8KeysAndValuesAreRefusedByTheCpu) {
   EXPECT_EQ(status.message(), "kv_cache_type fp8 is for the cuda backend");
 }
 
+TEST(ModelRunnerFactoryTest, Fp8WeightsAreRefusedByTheCpu) {
+  EngineOptions options = TinyOptions();
+  options.backend = Backend::kCpu;
+  options.quantization = Quantization::kFp8;
+  EXPECT_EQ(CreateModelRunner(options).status(),
+            absl::InvalidArgumentError("quantization fp8 is for the cuda backend"));
+  options.quantization = Quantization::kFp8Dynamic;
+  EXPECT_EQ(CreateModelRunner(options).status(),
+            absl::InvalidArgumentError("quantization fp8-dynamic is for the cuda backend"));
+}
+
 TEST(ModelRunnerFactoryTest, CacheHoldsEveryFullContextOfASmallModel) {
   EngineOptions options = TinyOptions();
   options.max_num_sequences = 3;

@@ -128,6 +128,68 @@ TEST(NemotronWeights, MixedDTypesKeepTheirOwn) {
   EXPECT_EQ(weights->matrix_dtype, DType::kF16);
 }
 
+// A matrix in E4M3 and its scale, which is read.
+void MakeFp8(FakeCheckpoint& checkpoint, const std::string& name, std::vector<int64_t> scale_shape, DType scale_type,
+             const void* scales) {
+  TensorEntry& matrix = checkpoint.edit()[name];
+  matrix.dtype = DType::kE4m3;
+  matrix.num_bytes /= 2;
+  int64_t count = 1;
+  for (const int64_t size : scale_shape) count *= size;
+  checkpoint.edit()[name + "_scale"] = {scale_type, std::move(scale_shape), scales, count * DTypeBytes(scale_type)};
+}
+
+TEST(NemotronWeights, Fp8MatricesHaveAScaleForEachOutput) {
+  const float one = 0.5f;
+  const std::vector<float> each(40, 0.25f);
+  const std::vector<uint16_t> narrow(24, 0x3F00);  // 0.5 as bf16
+  FakeCheckpoint checkpoint;
+  FillSmall(checkpoint);
+  EXPECT_FALSE(MapNemotronWeights(checkpoint, SmallConfig())->has_fp8());
+  MakeFp8(checkpoint, "model.layers.0.self_attn.q_proj.weight", {}, DType::kF32, &one);
+  MakeFp8(checkpoint, "model.layers.0.self_attn.k_proj.weight", {1}, DType::kF32, &one);
+  MakeFp8(checkpoint, "model.layers.0.mlp.up_proj.weight", {40, 1}, DType::kF32, each.data());
+  MakeFp8(checkpoint, "model.layers.1.mlp.down_proj.weight", {24}, DType::kBf16, narrow.data());
+  for (const char* unused : {"mlp.up_proj.input_scale", "self_attn.k_scale", "self_attn.v_scale", "self_attn.kv_scale",
+                             "self_attn.k_proj.output_scale"}) {
+    checkpoint.Add(std::string("model.layers.0.") + unused, {1});
+  }
+  const auto weights = MapNemotronWeights(checkpoint, SmallConfig());
+  ASSERT_TRUE(weights.ok()) << weights.status();
+  const NemotronWeights copy = *weights;  // scales stay where they are
+  EXPECT_TRUE(copy.has_fp8());
+  const LayerWeights &first = copy.layers[0], &second = copy.layers[1];
+  EXPECT_EQ(first.q_proj.dtype, DType::kE4m3);
+  for (int row = 0; row < 48; ++row) EXPECT_EQ(first.q_proj.scales[row], 0.5f);
+  for (int row = 0; row < 16; ++row) EXPECT_EQ(first.k_proj.scales[row], 0.5f);
+  for (int row = 0; row < 40; ++row) EXPECT_EQ(first.up_proj.scales[row], 0.25f);
+  for (int row = 0; row < 24; ++row) EXPECT_EQ(second.down_proj.scales[row], 0.5f);
+  EXPECT_EQ(first.v_proj.scales, nullptr);
+}
+
+TEST(NemotronWeights, Fp8ScalesThatAreMissingOrNoScalesAreNamed) {
+  const std::string name = "model.layers.1.mlp.up_proj.weight";
+  const auto refused = [&name](std::vector<int64_t> shape, DType type, const std::vector<float>& scales,
+                               const std::string& why) {
+    FakeCheckpoint checkpoint;
+    FillSmall(checkpoint);
+    MakeFp8(checkpoint, name, std::move(shape), type, scales.data());
+    ExpectRefused(checkpoint, "tensor " + name + "_scale " + why);
+  };
+  refused({2}, DType::kF32, {1.0f, 1.0f}, "has shape [2], expected one number or 40, one for each output");
+  refused({1}, DType::kF16, {1.0f}, "is f16, expected f32 or bf16");
+  refused({1}, DType::kF32, {-1.0f}, "has -1 for output 0 outside [0, 1e+30]");
+  refused({1}, DType::kF32, {std::nanf("")}, "has nan for output 0");
+  refused({1}, DType::kF32, {INFINITY}, "has inf for output 0");
+  FakeCheckpoint checkpoint;
+  FillSmall(checkpoint);
+  checkpoint.edit()[name].dtype = DType::kE4m3;
+  ExpectRefused(checkpoint, "tensor " + name + "_scale missing: the scale of a matrix in fp8");
+  checkpoint.edit()[name].dtype = DType::kBf16;
+  checkpoint.edit()["model.norm.bias"].dtype = DType::kE4m3;
+  ExpectRefused(checkpoint, "tensors of model.norm are fp8, expected bf16, f16 or f32");
+}
+
 TEST(NemotronWeights, TheShippedModelLoads) {
   const std::string dir = std::string(MINITRON_SOURCE_DIR) + "/deploy/models/minitron-tiny";
   const auto config = LoadNemotronConfig(dir);

@@ -35,7 +35,7 @@ TEST(ServerOptionsTest, ErrorsNameFlagValueAndLimitInOneLine) {
   EXPECT_EQ(ErrorOf({"--prefix-cache=on"}), "--prefix-cache=on: not one of off, tenant, shared");
   EXPECT_EQ(ErrorOf({"--admission-mode=greedy"}), "--admission-mode=greedy: not one of optimistic, reserve");
   EXPECT_EQ(ErrorOf({"--overlap=2"}), "--overlap=2: not one of auto, on, off");
-  EXPECT_EQ(ErrorOf({"--quantize=int2"}), "--quantize=int2: not one of none, int8, int4, fp8");
+  EXPECT_EQ(ErrorOf({"--quantize=int2"}), "--quantize=int2: not one of none, int8, int4, fp8, fp8-dynamic");
   EXPECT_EQ(ErrorOf({"--kv-cache-dtype=fp16"}), "--kv-cache-dtype=fp16: not one of bf16, fp32, fp8");
   EXPECT_EQ(ErrorOf({"--reflection=maybe"}), "--reflection=maybe: not true or false");
   EXPECT_EQ(ErrorOf({"--nonsense"}), "unknown flag --nonsense; see --help");

@@ -77,14 +77,19 @@ TEST(CudaMemoryTest, ThePlanIsWhatIsTaken) {
        .max_num_tokens = 40,
        .max_context_tokens = 640},
         RunnerLimits{.block_size = 32, .max_num_sequences = 1, .max_num_tokens = 8, .max_context_tokens = 64}}) {
-    for (const Quantization quantization :
-         {Quantization::kOff, Quantization::kInt8, Quantization::kInt4, Quantization::kFp8}) {
-      const int64_t before = FreeBytes();
-      const auto plan = PlanMemory(model.config(), DeviceWeights::NumBytes(model.weights(), quantization), limits, 0,
-                                   {before, before});
+    for (const Quantization quantization : {Quantization::kOff, Quantization::kInt8, Quantization::kInt4,
+                                            Quantization::kFp8, Quantization::kFp8Dynamic}) {
+      const auto matmul = MakeMatMul();
+      if (quantization == Quantization::kFp8Dynamic) {  // the widest product is that of Q, K and V, the deepest O's
+        const int widest = model.config().query_width() + 2 * model.config().key_value_width();
+        ASSERT_TRUE(matmul->PrepareFp8(limits.max_num_tokens, widest, model.config().query_width()).ok());
+      }
+      const int64_t workspace = matmul->workspace_bytes(), before = FreeBytes();
+      const auto plan = PlanMemory(model.config(), DeviceWeights::NumBytes(model.weights(), quantization), limits,
+                                   workspace, {before, before});
       ASSERT_TRUE(plan.ok()) << plan.status();
       const auto runner = MakeQuantized(model, limits, quantization);
-      EXPECT_EQ(before - FreeBytes(), plan->total_bytes());
+      EXPECT_EQ(before - FreeBytes(), plan->total_bytes()) << "with a workspace of its own";
       EXPECT_EQ(runner->num_kv_blocks(), plan->num_kv_blocks);
     }
   }

@@ -43,6 +43,8 @@ constexpr Format kFormats[] = {
     {"fp8", "bf16", Quantization::kFp8, KvCacheType::kBf16, 0.008, 0.085, 0.93},
     {"int4, head int8", "bf16", Quantization::kInt4, KvCacheType::kBf16, 0.012, 0.19, 0.90},
     {"fp8", "fp8", Quantization::kFp8, KvCacheType::kFp8, 0.012, 0.1, 0.92},
+    {"fp8, activations fp8", "bf16", Quantization::kFp8Dynamic, KvCacheType::kBf16, 0.010, 0.105, 0.92},
+    {"fp8, activations fp8", "fp8", Quantization::kFp8Dynamic, KvCacheType::kFp8, 0.018, 0.12, 0.92},
 };
 
 // The logprob of each next token, and the most likely token at each place.
@@ -107,7 +109,7 @@ TEST(CudaQualityTest, EveryFormatStaysWithinItsBounds) {
     RunnerLimits limits = kLimits;
     limits.kv_cache_type = format.kv_type;
     const auto runner = CreateCudaModelRunner(config, weights, limits, {.compute_capability = 89, .num_processors = 2},
-                                              CreateReferenceMatMul(), format.quantization);
+                                              CreateReferenceMatMul(), {format.quantization});
     ASSERT_TRUE(runner.ok()) << runner.status();
     const Scores scores = Score(**runner, texts);
     double squares = 0.0, same = 0.0;

@@ -35,6 +35,7 @@ struct EngineOptions {
   int max_num_sequences = 64;  // sequences per batch
   int max_num_tokens = 512;    // token rows per batch
   int max_context_tokens = 0;  // 0: the model's max_position_embeddings
+  bool early_launch = false;   // CUDA: kernels of recorded steps may start early; off until a device has shown the gain
   bool show_progress = false;  // draw a loading bar on stderr when it is a terminal and the files are over 1 GB
 };
 

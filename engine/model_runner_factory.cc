@@ -179,6 +179,7 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
     const std::string& folder = options.cache_dir.empty() ? options.model_dir : options.cache_dir;
     return cuda::CreateCudaBackend(config, source, limits,
                                    {.quantization = options.quantization,
+                                    .early_launch = options.early_launch,
                                     .kv_cache_bytes = options.kv_cache_bytes,
                                     .tuning_file = folder + "/minitron-cublaslt.txt"});
   }

@@ -24,7 +24,8 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaBackend(const NemotronCon
                                                      " blocks of ", block_bytes, " bytes; at least 2 are needed"));
   }
   ASSIGN_OR_RETURN(std::unique_ptr<MatMul> matmul, CreateCublasLtMatMul({.tuning_file = options.tuning_file}));
-  return CreateCudaModelRunner(config, weights, limits, device, std::move(matmul), options.quantization);
+  return CreateCudaModelRunner(config, weights, limits, device, std::move(matmul),
+                               {.quantization = options.quantization, .early_launch = options.early_launch});
 }
 
 }  // namespace minitron::engine::cuda

@@ -19,6 +19,7 @@ absl::Status ProbeDevice();
 
 struct CudaBackendOptions {
   Quantization quantization = Quantization::kOff;
+  bool early_launch = false;   // as CudaRunnerOptions
   int64_t kv_cache_bytes = 0;  // 0: sized from the memory left
   std::string tuning_file;     // as CublasLtOptions
 };

@@ -72,7 +72,8 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaModelRunner(const Nemotro
                                                                    const NemotronWeights& weights, RunnerLimits limits,
                                                                    const DeviceInfo& device,
                                                                    std::unique_ptr<MatMul> matmul,
-                                                                   Quantization quantization) {
+                                                                   const CudaRunnerOptions& options) {
+  const Quantization quantization = options.quantization;
   RETURN_IF_ERROR(CudaOps::CheckShapes(config, limits));
   RETURN_IF_ERROR(DeviceWeights::CheckShapes(config, weights, quantization));
   if (quantization == Quantization::kFp8Dynamic) RETURN_IF_ERROR(PrepareFp8(config, limits, device, *matmul));
@@ -87,7 +88,7 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaModelRunner(const Nemotro
   ASSIGN_OR_RETURN(DeviceWeights uploaded, DeviceWeights::Upload(weights, quantization));
   const auto owner = std::make_shared<const DeviceWeights>(std::move(uploaded));
   ASSIGN_OR_RETURN(std::unique_ptr<CudaOps> ops,
-                   CudaOps::Create(config, limits, std::move(matmul), device.num_processors));
+                   CudaOps::Create(config, limits, std::move(matmul), device.num_processors, options.early_launch));
   const CudaOps& borrowed = *ops;
   auto runner =
       std::make_unique<Runner>(std::move(ops), config, owner->weights(), owner,

@@ -30,6 +30,11 @@ absl::StatusOr<DeviceInfo> OpenDevice();
 // each token and head.
 int64_t KvBytesPerToken(const NemotronConfig& config, KvCacheType type);
 
+struct CudaRunnerOptions {
+  Quantization quantization = Quantization::kOff;
+  bool early_launch = false;  // the kernels of recorded steps may start early; see LaunchStream
+};
+
 // Copies the weights to the device (`weights` may go afterwards), quantized on the way if asked for, allocates
 // everything and records the decode steps. Quantized products are the own kernel's, the rest are `matmul`'s.
 // limits.num_kv_blocks 0: as many blocks as the memory left holds, but no more than every sequence's full context.
@@ -40,6 +45,6 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaModelRunner(const Nemotro
                                                                    const NemotronWeights& weights, RunnerLimits limits,
                                                                    const DeviceInfo& device,
                                                                    std::unique_ptr<MatMul> matmul,
-                                                                   Quantization quantization = Quantization::kOff);
+                                                                   const CudaRunnerOptions& options = {});
 
 }  // namespace minitron::engine::cuda

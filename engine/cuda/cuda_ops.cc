@@ -42,18 +42,20 @@ absl::Status CudaOps::CheckShapes(const NemotronConfig& config, const RunnerLimi
 }
 
 absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Create(const NemotronConfig& config, const RunnerLimits& limits,
-                                                         std::unique_ptr<cuda::MatMul> matmul, int num_processors) {
+                                                         std::unique_ptr<cuda::MatMul> matmul, int num_processors,
+                                                         bool early_launch) {
   RETURN_IF_ERROR(CheckShapes(config, limits));
-  std::unique_ptr<CudaOps> ops(new CudaOps(config, limits, std::move(matmul), num_processors));
+  std::unique_ptr<CudaOps> ops(new CudaOps(config, limits, std::move(matmul), num_processors, early_launch));
   RETURN_IF_ERROR(ops->AllocateAll());
   return ops;
 }
 
 CudaOps::CudaOps(const NemotronConfig& config, const RunnerLimits& limits, std::unique_ptr<cuda::MatMul> matmul,
-                 int num_processors)
+                 int num_processors, bool early_launch)
     : config_(config),
       limits_(limits),
       num_processors_(num_processors),
+      early_launch_(early_launch),
       matmul_(std::move(matmul)),
       walks_(2 * static_cast<size_t>(limits.max_num_sequences)) {
   while ((1 << block_shift_) < limits.block_size) ++block_shift_;
@@ -132,7 +134,7 @@ absl::Status CudaOps::VisitBuffers(const Visit& visit) {
 }
 
 std::vector<MemoryUse> CudaOps::Requirements(const NemotronConfig& config, const RunnerLimits& limits) {
-  CudaOps nothing(config, limits, nullptr, 1);
+  CudaOps nothing(config, limits, nullptr, 1, false);
   std::vector<MemoryUse> uses;
   const absl::Status counted = nothing.VisitBuffers([&uses](const auto& buffer, int64_t count, const char* name) {
     AddUse(uses, name, count * static_cast<int64_t>(sizeof(*buffer.data())));
@@ -204,7 +206,7 @@ void CudaOps::Embed(const BatchView& batch, const WeightView& embedding, Matrix 
   if (!status_.ok()) return;
   CHECK(embedding.dtype == DType::kBf16 && out.rows == batch.num_tokens && out.cols == embedding.cols);
   Check(CopyRows(static_cast<const Bf16*>(embedding.data), batch.token_ids, result_tokens_.data(),
-                 static_cast<int>(out.rows), static_cast<int>(out.cols), out.data, stream_.get()),
+                 static_cast<int>(out.rows), static_cast<int>(out.cols), out.data, Launching()),
         "embed");
 }
 
@@ -214,7 +216,7 @@ void CudaOps::AddLayerNorm1p(Matrix residual, ConstMatrix delta, const WeightVie
   CHECK(out.rows == residual.rows && out.cols == residual.cols && delta.data == nullptr);  // see MatMulToResidual
   CHECK(weight.dtype == DType::kF32 && bias.dtype == DType::kF32 && weight.size() == residual.cols);
   Check(LayerNorm1p(residual.data, static_cast<const float*>(weight.data), static_cast<const float*>(bias.data), eps,
-                    static_cast<int>(residual.rows), static_cast<int>(residual.cols), out.data, stream_.get()),
+                    static_cast<int>(residual.rows), static_cast<int>(residual.cols), out.data, Launching()),
         "norm");
 }
 
@@ -233,7 +235,7 @@ void CudaOps::Multiply(ConstMatrix x, const WeightView& w, Store store, Matrix o
     return;
   }
   Check(QuantizedMatMul(FormatOf(w.dtype), x.data, static_cast<const unsigned char*>(w.data), rows, outs, depth, store,
-                        out.data, stream_.get()),
+                        out.data, Launching()),
         "quantized product");
 }
 
@@ -255,7 +257,7 @@ void CudaOps::MatMul(ConstMatrix x, const WeightView& w, MatrixView<float> out) 
     return;
   }
   Check(QuantizedMatMul(FormatOf(w.dtype), x.data, static_cast<const unsigned char*>(w.data), rows, outs, depth,
-                        out.data, stream_.get()),
+                        out.data, Launching()),
         "quantized product");
 }
 
@@ -286,7 +288,7 @@ void CudaOps::RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstM
                           sines_.data(),    CacheOf(layer),     config_.num_attention_heads,
                           config_.head_dim, config_.rotary_dim, ProjectionWidth(),
                           ProjectionWidth()};
-  Check(cuda::RopeAndStoreKv(params, static_cast<int>(q.rows), stream_.get()), "rope");
+  Check(cuda::RopeAndStoreKv(params, static_cast<int>(q.rows), Launching()), "rope");
 }
 
 void CudaOps::PagedAttention(const BatchView& batch, int layer, ConstMatrix q, Matrix out) {
@@ -301,7 +303,7 @@ void CudaOps::PagedAttention(const BatchView& batch, int layer, ConstMatrix q, M
     const int max_blocks = std::min(counts_.items, kBlocksPerProcessor * num_processors_);
     Check(DecodeAttention(params, ForwardArray<DecodeItem>(layout_.items), ForwardArray<MergeRow>(layout_.merge_rows),
                           ForwardArray<DecodeCounts>(layout_.counts), partials_.data(), max_blocks, counts_.merge_rows,
-                          stream_.get()),
+                          Launching()),
           "decode attention");
   }
   if (counts_.tiles > 0) {
@@ -312,7 +314,7 @@ void CudaOps::PagedAttention(const BatchView& batch, int layer, ConstMatrix q, M
 
 void CudaOps::SquaredRelu(Matrix x) {
   if (!status_.ok()) return;
-  Check(cuda::SquaredRelu(x.data, x.rows * x.cols, stream_.get()), "squared relu");
+  Check(cuda::SquaredRelu(x.data, x.rows * x.cols, Launching()), "squared relu");
 }
 
 static_assert(OpSet<CudaOps>);

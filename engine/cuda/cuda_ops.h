@@ -41,9 +41,10 @@ class CudaOps {
   // Error: INVALID_ARGUMENT for a shape without a kernel (names value and limit).
   static absl::Status CheckShapes(const NemotronConfig& config, const RunnerLimits& limits);
   // Allocates everything but the activations. `num_processors` of the device bounds the attention's grid.
-  // Errors: as CheckShapes and ToStatus.
+  // `early_launch`: kernels of recorded steps may start early, see LaunchStream. Errors: as CheckShapes and ToStatus.
   static absl::StatusOr<std::unique_ptr<CudaOps>> Create(const NemotronConfig& config, const RunnerLimits& limits,
-                                                         std::unique_ptr<MatMul> matmul, int num_processors);
+                                                         std::unique_ptr<MatMul> matmul, int num_processors,
+                                                         bool early_launch);
   // What Create allocates, by purpose, without allocating it.
   static std::vector<MemoryUse> Requirements(const NemotronConfig& config, const RunnerLimits& limits);
   // Waits for the device, so that nothing runs on freed memory.
@@ -118,7 +119,9 @@ class CudaOps {
   };
 
   CudaOps(const NemotronConfig& config, const RunnerLimits& limits, std::unique_ptr<cuda::MatMul> matmul,
-          int num_processors);
+          int num_processors, bool early_launch);
+  // Where the kernels of a forward pass go.
+  LaunchStream Launching() const { return {stream_.get(), early_launch_ && recording_}; }
   // Calls visit(buffer, count, purpose) for every piece of device memory.
   template <typename Visit>
   absl::Status VisitBuffers(const Visit& visit);
@@ -169,6 +172,8 @@ class CudaOps {
   const NemotronConfig config_;
   const RunnerLimits limits_;
   const int num_processors_;
+  const bool early_launch_;
+  bool recording_ = false;
   int block_shift_ = 0;
   absl::Status status_;
   std::unique_ptr<cuda::MatMul> matmul_;

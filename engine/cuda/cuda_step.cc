@@ -13,7 +13,8 @@ namespace minitron::engine::cuda {
 
 std::vector<int> CudaOps::RecordedSizes(int max_num_sequences) {
   std::vector<int> sizes;
-  // 1, 2, 4, 8, 12, 16, then steps of 8, 16 and 32: padding costs at most a third of the rows, an eighth from 64 on.
+  // 1, 2, 4, 8, 12, 16, then steps of 8, 16 and 32: at most 3 rows are padding up to 16, a third of them up to 64, a
+  // fifth beyond.
   for (int size = 1; size < max_num_sequences;) {
     sizes.push_back(size);
     size += size < 4 ? size : size < 16 ? 4 : size < 64 ? 8 : size < 128 ? 16 : 32;
@@ -80,11 +81,13 @@ void CudaOps::PrepareStep(const BatchView& view) {
 void CudaOps::BeginRecording(const BatchView& view) {
   counts_ = RecordedCounts(view.num_tokens);
   layout_ = ForwardLayout(counts_);
+  recording_ = true;
   if (status_.ok()) Check(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal), "begin capture");
 }
 
 void CudaOps::EndRecording(const BatchView& view) {
   cudaGraph_t captured = nullptr;
+  recording_ = false;
   // Ends the capture even after an error in it, or the stream would stay unusable.
   const cudaError_t error = cudaStreamEndCapture(stream_.get(), &captured);
   const Graph graph(captured);

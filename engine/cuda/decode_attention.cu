@@ -158,6 +158,7 @@ DEVICE void StoreResult(const AttentionParams& p, const DecodeItem& item, int it
 template <int kHeadDim, bool kFp8>
 KERNEL(kDecodeThreads, 6)
 DecodeKernel(AttentionParams p, const DecodeItem* items, const DecodeCounts* counts, float* partials) {
+  BeginKernel();
   using Shared = DecodeShared<kHeadDim, kFp8>;
   unsigned char* shared = SharedMemory();
   const int kv_head = static_cast<int>(BlockIndex().y);
@@ -186,6 +187,7 @@ DecodeKernel(AttentionParams p, const DecodeItem* items, const DecodeCounts* cou
 template <int kHeadDim>
 KERNEL(kHeadDim)
 MergeKernel(AttentionParams p, const MergeRow* rows, const DecodeCounts* counts, const float* partials) {
+  BeginKernel();
   const int dim = static_cast<int>(ThreadIndex().x);
   const int num_heads = p.cache.num_kv_heads * p.group_size;
   const int query_head = static_cast<int>(BlockIndex().y);
@@ -209,7 +211,7 @@ MergeKernel(AttentionParams p, const MergeRow* rows, const DecodeCounts* counts,
 template <int kHeadDim, bool kFp8>
 cudaError_t LaunchDecode(const AttentionParams& p, const DecodeItem* items, const MergeRow* merge_rows,
                          const DecodeCounts* counts, float* partials, int max_blocks, int max_merge_rows,
-                         cudaStream_t stream) {
+                         LaunchStream stream) {
   const auto kv_heads = static_cast<unsigned>(p.cache.num_kv_heads);
   const cudaError_t error =
       Launch(&DecodeKernel<kHeadDim, kFp8>, {static_cast<unsigned>(max_blocks), kv_heads}, {kDecodeThreads},
@@ -223,7 +225,7 @@ cudaError_t LaunchDecode(const AttentionParams& p, const DecodeItem* items, cons
 
 cudaError_t DecodeAttention(const AttentionParams& params, const DecodeItem* items, const MergeRow* merge_rows,
                             const DecodeCounts* counts, float* partials, int max_blocks, int max_merge_rows,
-                            cudaStream_t stream) {
+                            LaunchStream stream) {
   if (params.group_size < 1 || params.group_size > kMaxGroupSize) return cudaErrorInvalidValue;
   if (params.head_dim != 128 && params.head_dim != 64) return cudaErrorInvalidValue;
   const bool fp8 = params.cache.keys == nullptr;

@@ -9,6 +9,7 @@
 //   HOST_DEVICE                before a constexpr function both sides call
 //   UNROLL                     before a loop over registers: indices must be constants
 //   UNROLL_BY(n)               the same, n steps at a time: fewer values are alive at once
+//   BeginKernel()              every thread's first call in a kernel that may start early (LaunchStream)
 //   SharedMemory()             the block's dynamic shared memory, 128-byte aligned
 //   CpAsync16(s, g, valid)     16 bytes global -> shared, zeros if not valid; visible to this thread after CpAsyncWait
 //                              of its group, to others after a barrier behind that
@@ -21,9 +22,9 @@
 #include "engine/cuda/emulation/intrinsics.h"
 #elif !defined(__CUDACC__)  // host code of a real build: the types, no intrinsics
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
+
+#include "engine/cuda/runtime.h"
 
 #define HOST_DEVICE
 
@@ -32,6 +33,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "engine/cuda/runtime.h"
 
 #define DEVICE __device__ __forceinline__
 #define KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
@@ -53,6 +56,14 @@ DEVICE Dim3 GridDim() { return {gridDim.x, gridDim.y, gridDim.z}; }
 DEVICE unsigned char* SharedMemory() {
   extern __shared__ __align__(128) unsigned char shared_memory[];
   return shared_memory;
+}
+
+// Waits until the kernels in front are done and what they wrote is there, then lets the next one's blocks start.
+DEVICE void BeginKernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 DEVICE void SyncThreads() { __syncthreads(); }
@@ -164,7 +175,7 @@ DEVICE uint32_t FmaBf16Pair(uint32_t a, uint32_t b, uint32_t c) {
 
 // Enqueues a kernel; see the emulation's twin. Shared memory above 48 KiB has to be asked for.
 template <typename... Parameters, typename... Arguments>
-cudaError_t Launch(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t stream,
+cudaError_t Launch(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, size_t shared_bytes, LaunchStream stream,
                    const Arguments&... arguments) {
   constexpr size_t kDefaultSharedBytes = 48 << 10;
   if (shared_bytes > kDefaultSharedBytes) {
@@ -177,7 +188,12 @@ cudaError_t Launch(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, size_t 
   config.gridDim = dim3(grid.x, grid.y, grid.z);
   config.blockDim = dim3(block.x, block.y, block.z);
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
+  config.stream = stream.stream;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = stream.early ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 

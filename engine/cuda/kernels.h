@@ -14,16 +14,16 @@ namespace minitron::engine::cuda {
 // out[r, :] = table[rows[r], :] for num_rows rows of `cols` elements, a multiple of 8. A negative row -1-i means
 // previous[i] (a token the step before sampled); `previous` may be null when there is none.
 cudaError_t CopyRows(const Bf16* table, const int32_t* rows, const int32_t* previous, int num_rows, int cols, Bf16* out,
-                     cudaStream_t stream);
+                     LaunchStream stream);
 
 // out = (x - mean) / sqrt(var + eps) * (1 + weight) + bias.   weight, bias [cols] fp32; statistics in fp32, two passes
 // Requires: cols a multiple of 8, at most 24576 (the row is kept in shared memory).
 inline constexpr int kMaxNormCols = 24576;
 cudaError_t LayerNorm1p(const Bf16* x, const float* weight, const float* bias, float eps, int num_rows, int cols,
-                        Bf16* out, cudaStream_t stream);
+                        Bf16* out, LaunchStream stream);
 
 // x = max(x, 0)^2 over `count` elements, a multiple of 8; NaN stays NaN.
-cudaError_t SquaredRelu(Bf16* x, int64_t count, cudaStream_t stream);
+cudaError_t SquaredRelu(Bf16* x, int64_t count, LaunchStream stream);
 
 // Keys and values in E4M3, each row of D with an exponent of its own: see e4m3.cuh.
 struct Fp8Cache {
@@ -56,7 +56,7 @@ struct RopeParams {
   int num_query_heads, head_dim, rotary_dim;
   int q_stride, kv_stride;  // elements from one row to the next, of q and of k and v
 };
-cudaError_t RopeAndStoreKv(const RopeParams& params, int num_rows, cudaStream_t stream);
+cudaError_t RopeAndStoreKv(const RopeParams& params, int num_rows, LaunchStream stream);
 
 // --- Attention. The arithmetic of a row is the same in both kernels; see attention.cuh. ---
 
@@ -102,7 +102,7 @@ HOST_DEVICE constexpr int64_t PartialFloats(int num_kv_heads, int head_dim) {
 // max_blocks items and max_merge_rows rows at a time are worked on, the rest follows in a loop.
 cudaError_t DecodeAttention(const AttentionParams& params, const DecodeItem* items, const MergeRow* merge_rows,
                             const DecodeCounts* counts, float* partials, int max_blocks, int max_merge_rows,
-                            cudaStream_t stream);
+                            LaunchStream stream);
 
 // Rows [first_row, first_row + num_rows) of one sequence, at positions first_position ...
 struct PrefillTile {

@@ -30,21 +30,24 @@ DEVICE void StoreOutput(float value, bool, float* out) { *out = value; }
 DEVICE void StoreOutput(float value, bool add, Bf16* out) { *out = ToBf16(add ? value + ToFloat(*out) : value); }
 
 template <WeightFormat kFormat, int kColumnTiles>
-DEVICE void LoadStage(const Bf16* x, const unsigned char* tile, int first_row, int rows, int depth, int step,
-                      unsigned char* stage) {
+DEVICE void LoadWeights(const unsigned char* tile, int depth, int step, unsigned char* stage) {
   using Layout = StageLayout<kFormat, kColumnTiles>;
   const int lane = Lane();
-  if (tile != nullptr) {
-    unsigned char* own = stage + WarpIndex() * Layout::kWarpBytes;
-    const unsigned char* weights = tile + int64_t{step} * Layout::kWeightBytes;
-    UNROLL
-    for (int i = 0; i < Layout::kWeightBytes; i += 512) CpAsync16(own + i + lane * 16, weights + i + lane * 16, true);
-    if (lane < Layout::kScaleBytes / 16) {
-      const unsigned char* scales =
-          tile + TileWeightBytes(kFormat, depth) + int64_t{step} * Layout::kScaleBytes + lane * 16;
-      CpAsync16(own + Layout::kWeightBytes + lane * 16, scales, true);
-    }
+  if (tile == nullptr) return;
+  unsigned char* own = stage + WarpIndex() * Layout::kWarpBytes;
+  const unsigned char* weights = tile + int64_t{step} * Layout::kWeightBytes;
+  UNROLL
+  for (int i = 0; i < Layout::kWeightBytes; i += 512) CpAsync16(own + i + lane * 16, weights + i + lane * 16, true);
+  if (lane < Layout::kScaleBytes / 16) {
+    const unsigned char* scales =
+        tile + TileWeightBytes(kFormat, depth) + int64_t{step} * Layout::kScaleBytes + lane * 16;
+    CpAsync16(own + Layout::kWeightBytes + lane * 16, scales, true);
   }
+}
+
+template <WeightFormat kFormat, int kColumnTiles>
+DEVICE void LoadRows(const Bf16* x, int first_row, int rows, int depth, int step, unsigned char* stage) {
+  using Layout = StageLayout<kFormat, kColumnTiles>;
   Bf16* columns = reinterpret_cast<Bf16*>(stage + Layout::kRowsAt);
   constexpr int kVectors = kDepthStep / 8;
   for (int i = static_cast<int>(ThreadIndex().x); i < Layout::kColumns * kVectors; i += kMatMulThreads) {
@@ -132,9 +135,14 @@ QuantizedMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int o
       first_out < outs ? tiles + int64_t{first_out / kTileRows} * TileBytes(kFormat, depth) : nullptr;
   const int num_steps = depth / kDepthStep;
   float total[kColumnTiles][4] = {};
+  // Nobody writes weights: they may be under way before the kernels in front are done.
+  for (int step = 0; step < Layout::kStages - 1 && step < num_steps; ++step) {
+    LoadWeights<kFormat, kColumnTiles>(tile, depth, step, shared + step * Layout::kBytes);
+  }
+  BeginKernel();
   for (int step = 0; step < Layout::kStages - 1; ++step) {
     if (step < num_steps) {
-      LoadStage<kFormat, kColumnTiles>(x, tile, first_row, rows, depth, step, shared + step * Layout::kBytes);
+      LoadRows<kFormat, kColumnTiles>(x, first_row, rows, depth, step, shared + step * Layout::kBytes);
     }
     CpAsyncCommit();
   }
@@ -143,8 +151,9 @@ QuantizedMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int o
     SyncThreads();  // the stage is there, and nobody reads the one before any more
     const int next = step + Layout::kStages - 1;
     if (next < num_steps) {
-      LoadStage<kFormat, kColumnTiles>(x, tile, first_row, rows, depth, next,
-                                       shared + next % Layout::kStages * Layout::kBytes);
+      unsigned char* stage = shared + next % Layout::kStages * Layout::kBytes;
+      LoadWeights<kFormat, kColumnTiles>(tile, depth, next, stage);
+      LoadRows<kFormat, kColumnTiles>(x, first_row, rows, depth, next, stage);
     }
     CpAsyncCommit();
     if (tile != nullptr) {
@@ -167,7 +176,7 @@ QuantizedMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int o
 
 template <WeightFormat kFormat, int kColumnTiles, typename Output>
 cudaError_t LaunchTiles(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, Store store,
-                        Output* out, cudaStream_t stream) {
+                        Output* out, LaunchStream stream) {
   using Layout = StageLayout<kFormat, kColumnTiles>;
   const auto blocks = static_cast<unsigned>((NumTiles(outs) + kMatMulWarps - 1) / kMatMulWarps);
   const auto row_blocks = static_cast<unsigned>((rows + Layout::kColumns - 1) / Layout::kColumns);
@@ -177,7 +186,7 @@ cudaError_t LaunchTiles(const Bf16* x, const unsigned char* tiles, int rows, int
 
 template <WeightFormat kFormat, typename Output>
 cudaError_t LaunchFormat(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, Store store,
-                         Output* out, cudaStream_t stream) {
+                         Output* out, LaunchStream stream) {
   const auto launch = rows <= 8    ? &LaunchTiles<kFormat, 1, Output>
                       : rows <= 32 ? &LaunchTiles<kFormat, 4, Output>
                                    : &LaunchTiles<kFormat, 8, Output>;
@@ -186,7 +195,7 @@ cudaError_t LaunchFormat(const Bf16* x, const unsigned char* tiles, int rows, in
 
 template <typename Output>
 cudaError_t LaunchMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth,
-                         Store store, Output* out, cudaStream_t stream) {
+                         Store store, Output* out, LaunchStream stream) {
   if (depth % kDepthStep != 0) return cudaErrorInvalidValue;
   switch (format) {
     case WeightFormat::kInt8:
@@ -202,11 +211,11 @@ cudaError_t LaunchMatMul(WeightFormat format, const Bf16* x, const unsigned char
 }  // namespace
 
 cudaError_t QuantizedMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs,
-                            int depth, Store store, Bf16* out, cudaStream_t stream) {
+                            int depth, Store store, Bf16* out, LaunchStream stream) {
   return LaunchMatMul(format, x, tiles, rows, outs, depth, store, out, stream);
 }
 cudaError_t QuantizedMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs,
-                            int depth, float* out, cudaStream_t stream) {
+                            int depth, float* out, LaunchStream stream) {
   return LaunchMatMul(format, x, tiles, rows, outs, depth, Store::kReplace, out, stream);
 }
 

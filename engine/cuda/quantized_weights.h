@@ -46,8 +46,8 @@ float E4m3Value(uint8_t code);
 //   x [rows, depth], out [rows, outs]
 // `tiles`: NumTiles(outs) tiles. Requires: depth a multiple of kDepthStep.
 cudaError_t QuantizedMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs,
-                            int depth, Store store, Bf16* out, cudaStream_t stream);
+                            int depth, Store store, Bf16* out, LaunchStream stream);
 cudaError_t QuantizedMatMul(WeightFormat format, const Bf16* x, const unsigned char* tiles, int rows, int outs,
-                            int depth, float* out, cudaStream_t stream);
+                            int depth, float* out, LaunchStream stream);
 
 }  // namespace minitron::engine::cuda

@@ -24,6 +24,7 @@ DEVICE Vector16 Pack(const float (&values)[8]) {
 
 KERNEL(kRowThreads)
 CopyRowsKernel(const Bf16* table, const int32_t* rows, const int32_t* previous, int cols, Bf16* out) {
+  BeginKernel();
   const int64_t r = BlockIndex().x;
   int64_t row = rows[r];
   if (row < 0) row = previous[-1 - row];
@@ -48,6 +49,7 @@ DEVICE float BlockSum(float value, float* scratch) {
 // One block per row; the row stays in shared memory as fp32 between the passes.
 KERNEL(kRowThreads)
 LayerNormKernel(const Bf16* in, const float* weight, const float* bias, float eps, int cols, Bf16* out) {
+  BeginKernel();
   float* scratch = reinterpret_cast<float*>(SharedMemory());
   float* row = scratch + 2 * kRowWarps;
   const int64_t offset = static_cast<int64_t>(BlockIndex().x) * cols;
@@ -81,6 +83,7 @@ LayerNormKernel(const Bf16* in, const float* weight, const float* bias, float ep
 }
 
 KERNEL(kRowThreads) SquaredReluKernel(Bf16* x, int64_t count) {
+  BeginKernel();
   const int64_t i = (static_cast<int64_t>(BlockIndex().x) * kRowThreads + ThreadIndex().x) * 8;
   if (i >= count) return;
   float values[8];
@@ -122,6 +125,7 @@ DEVICE int64_t CacheRow(const KvCacheView& cache, int64_t slot) {
 
 // One block per row.
 KERNEL(kRowThreads) RopeKernel(RopeParams p) {
+  BeginKernel();
   const int64_t t = BlockIndex().x;
   const int thread = static_cast<int>(ThreadIndex().x);
   const int half = p.rotary_dim / 2, num_kv_heads = p.cache.num_kv_heads;
@@ -143,6 +147,7 @@ KERNEL(kRowThreads) RopeKernel(RopeParams p) {
 template <int kHeadDim>
 KERNEL(kRowThreads)
 RopeFp8Kernel(RopeParams p) {
+  BeginKernel();
   constexpr int kDims = kHeadDim / 32;  // of a lane
   const int64_t t = BlockIndex().x;
   const int half = p.rotary_dim / 2, num_kv_heads = p.cache.num_kv_heads;
@@ -191,27 +196,27 @@ RopeFp8Kernel(RopeParams p) {
 }  // namespace
 
 cudaError_t CopyRows(const Bf16* table, const int32_t* rows, const int32_t* previous, int num_rows, int cols, Bf16* out,
-                     cudaStream_t stream) {
+                     LaunchStream stream) {
   if (cols % 8 != 0) return cudaErrorInvalidValue;
   return Launch(&CopyRowsKernel, {static_cast<unsigned>(num_rows)}, {kRowThreads}, 0, stream, table, rows, previous,
                 cols, out);
 }
 
 cudaError_t LayerNorm1p(const Bf16* x, const float* weight, const float* bias, float eps, int num_rows, int cols,
-                        Bf16* out, cudaStream_t stream) {
+                        Bf16* out, LaunchStream stream) {
   if (cols % 8 != 0 || cols > kMaxNormCols) return cudaErrorInvalidValue;
   const size_t shared_bytes = (static_cast<size_t>(cols) + 2 * kRowWarps) * sizeof(float);
   return Launch(&LayerNormKernel, {static_cast<unsigned>(num_rows)}, {kRowThreads}, shared_bytes, stream, x, weight,
                 bias, eps, cols, out);
 }
 
-cudaError_t SquaredRelu(Bf16* x, int64_t count, cudaStream_t stream) {
+cudaError_t SquaredRelu(Bf16* x, int64_t count, LaunchStream stream) {
   if (count % 8 != 0) return cudaErrorInvalidValue;
   const auto blocks = static_cast<unsigned>((count / 8 + kRowThreads - 1) / kRowThreads);
   return Launch(&SquaredReluKernel, {blocks}, {kRowThreads}, 0, stream, x, count);
 }
 
-cudaError_t RopeAndStoreKv(const RopeParams& params, int num_rows, cudaStream_t stream) {
+cudaError_t RopeAndStoreKv(const RopeParams& params, int num_rows, LaunchStream stream) {
   const Dim3 grid = {static_cast<unsigned>(num_rows)};
   if (params.cache.keys != nullptr) return Launch(&RopeKernel, grid, {kRowThreads}, 0, stream, params);
   if (params.head_dim == 128) return Launch(&RopeFp8Kernel<128>, grid, {kRowThreads}, 0, stream, params);

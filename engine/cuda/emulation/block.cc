@@ -30,6 +30,7 @@ struct GroupEnd {
 struct CudaThread {
   Fiber fiber;
   State state = State::kRunning;
+  bool begun = false;
   Where where = Where::Current();  // of the barrier or collective it waits at
   Dim3 index;
   unsigned lane = 0;
@@ -67,6 +68,7 @@ struct Runner {
   Dim3 grid, block, block_index;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
+  bool early = false;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
   CudaThread* current = nullptr;
@@ -98,6 +100,9 @@ void Wait(State state, const Where& where) {
 void ThreadMain() {
   Acquire(&runner->block_start);
   runner->body(runner->argument);
+  if (runner->early && !Current().begun) {
+    Die("a kernel that may start early did not call BeginKernel", Where::Current());
+  }
   if (Current().num_popped < Current().copies.size()) {
     Die("the thread ended with a cp.async it never waited for", Where::Current());
   }
@@ -224,6 +229,7 @@ void PrepareBlock(SharedBuffer& shared) {
   for (unsigned i = 0; i < r.num_threads; ++i) {
     CudaThread& thread = *r.threads[i].thread;
     thread.state = State::kRunning;
+    thread.begun = false;
     thread.index = {i % r.block.x, i / r.block.x % r.block.y, i / (r.block.x * r.block.y)};
     thread.lane = i % kWarpSize;
     thread.warp = i / kWarpSize;
@@ -272,18 +278,20 @@ void EnsureThreads(Runner& r) {
 
 void SetOrder(Order order, uint64_t seed) { order_setting = {order, seed}; }
 
-void RunGrid(Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(void*), void* argument) {
+void RunGrid(const GridShape& shape, void (*body)(void*), void* argument) {
+  const Dim3 grid = shape.grid, block = shape.block;
   static thread_local Runner kept;
   CHECK(runner == nullptr);  // a kernel cannot start kernels
   runner = &kept;
   Runner& r = kept;
   r.grid = grid;
   r.block = block;
-  r.shared_bytes = shared_bytes;
+  r.shared_bytes = shape.shared_bytes;
+  r.early = shape.early;
   r.body = body;
   r.argument = argument;
   r.num_threads = block.x * block.y * block.z;
-  CHECK(r.num_threads > 0 && r.num_threads <= kMaxThreadsPerBlock && shared_bytes <= kMaxSharedBytes);
+  CHECK(r.num_threads > 0 && r.num_threads <= kMaxThreadsPerBlock && shape.shared_bytes <= kMaxSharedBytes);
   EnsureThreads(r);
   std::mt19937_64 random(order_setting.seed);
   std::vector<Index> order(r.num_threads);
@@ -316,6 +324,7 @@ void Die(const char* what, const Where& where) {
   std::abort();
 }
 
+void BeginThread() { Current().begun = true; }
 Dim3 ThreadIndex() { return Current().index; }
 Dim3 BlockIndex() { return runner->block_index; }
 Dim3 BlockDim() { return runner->block; }

@@ -5,6 +5,8 @@
 // warp collective not all lanes of the warp reach or reach at different places, a thread that ends while others wait
 // for it, a misaligned vector or matrix access, a cp.async nobody waited for.
 //
+// A thread of a kernel that may start early and ends without having waited for the kernels in front aborts, too.
+//
 // What is made visible: shared memory is filled with NaN before each block; a cp.async moves its bytes only when its
 // thread waits for them; threads and blocks run in the order of SetOrder, so nothing may lean on one.
 #pragma once
@@ -37,15 +39,21 @@ inline constexpr size_t kMaxSharedBytes = 99 << 10;  // of the smallest architec
 enum class Order { kForward, kReverse, kRandom };
 void SetOrder(Order order, uint64_t seed = 1);
 
+struct GridShape {
+  Dim3 grid, block;
+  size_t shared_bytes = 0;
+  bool early = false;  // every thread has to call BeginThread
+};
 // Runs body(argument) once per CUDA thread and returns when all have ended.
 // Requires: block and grid not empty, at most kMaxThreadsPerBlock threads, shared_bytes <= kMaxSharedBytes.
-void RunGrid(Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(void*), void* argument);
+void RunGrid(const GridShape& shape, void (*body)(void*), void* argument);
 
 // Prints what went wrong, in which block and thread, and aborts.
 [[noreturn]] void Die(const char* what, const Where& where);
 
 // --- Called from inside a kernel. ---
 
+void BeginThread();
 Dim3 ThreadIndex();
 Dim3 BlockIndex();
 Dim3 BlockDim();

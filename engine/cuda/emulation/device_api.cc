@@ -94,9 +94,27 @@ void FailCall(int number, cudaError_t error, bool sticky) {
   TheDevice().sticky = sticky;
 }
 
+std::vector<cudaError_t> AllErrors() {
+  std::vector<cudaError_t> errors;
+  for (const ErrorText& entry : kErrorTexts) {
+    if (entry.error != cudaSuccess) errors.push_back(entry.error);
+  }
+  return errors;
+}
+
+void SkipKernels(bool skip) {
+  Lock lock(TheDevice().mutex);
+  TheDevice().skip_kernels = skip;
+}
+
 int NumCalls() {
   Lock lock(TheDevice().mutex);
   return TheDevice().num_calls;
+}
+
+int NumEarlyKernels() {
+  Lock lock(TheDevice().mutex);
+  return TheDevice().num_early_kernels;
 }
 
 LiveObjects CountLiveObjects() {

@@ -45,8 +45,10 @@ struct Device {
   size_t used_bytes = 0;
   int num_devices = 1;
   int num_calls = 0;
+  int num_early_kernels = 0;
   int failing_call = 0;
   bool sticky = false;
+  bool skip_kernels = false;
   cudaError_t failure = cudaSuccess;
 };
 

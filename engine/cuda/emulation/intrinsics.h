@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "engine/cuda/emulation/block.h"
-#include "engine/cuda/emulation/runtime_api.h"
+#include "engine/cuda/runtime.h"
 
 #define DEVICE inline
 #define KERNEL(...) void
@@ -25,6 +25,8 @@ inline Dim3 BlockIndex() { return emulation::BlockIndex(); }
 inline Dim3 BlockDim() { return emulation::BlockDim(); }
 inline Dim3 GridDim() { return emulation::GridDim(); }
 inline unsigned char* SharedMemory() { return emulation::SharedMemory(); }
+
+inline void BeginKernel() { emulation::BeginThread(); }
 
 inline void SyncThreads(const Where& where = Where::Current()) { emulation::BlockBarrier(where); }
 inline void SyncWarp(const Where& where = Where::Current()) { emulation::WarpCollective(nullptr, 0, nullptr, where); }
@@ -161,13 +163,14 @@ inline uint32_t FmaBf16Pair(uint32_t a, uint32_t b, uint32_t c) {
 
 // Enqueues kernel(arguments...) on a stream. The arguments are copied now and used when the stream runs.
 template <typename... Parameters, typename... Arguments>
-cudaError_t Launch(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t stream,
+cudaError_t Launch(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, size_t shared_bytes, LaunchStream stream,
                    const Arguments&... arguments) {
   auto body = [kernel, ... copies = static_cast<Parameters>(arguments)] { kernel(copies...); };
   using Body = decltype(body);
-  return emulation::EnqueueKernel(stream, grid, block, shared_bytes, [grid, block, shared_bytes, body]() mutable {
+  const emulation::GridShape shape{grid, block, shared_bytes, stream.early};
+  return emulation::EnqueueKernel(stream.stream, shape, [shape, body]() mutable {
     emulation::RunGrid(
-        grid, block, shared_bytes, [](void* b) { (*static_cast<Body*>(b))(); }, &body);
+        shape, [](void* b) { (*static_cast<Body*>(b))(); }, &body);
   });
 }
 

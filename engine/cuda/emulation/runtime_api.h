@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <vector>
 
 #include "engine/cuda/emulation/block.h"
 
@@ -84,7 +85,7 @@ namespace minitron::engine::cuda::emulation {
 
 // Puts a kernel on a stream, or into the graph the stream captures. Error: cudaErrorInvalidConfiguration for a grid,
 // block or shared memory no device accepts.
-cudaError_t EnqueueKernel(cudaStream_t stream, Dim3 grid, Dim3 block, size_t shared_bytes, std::function<void()> run);
+cudaError_t EnqueueKernel(cudaStream_t stream, const GridShape& shape, std::function<void()> run);
 
 // --- For tests. ---
 
@@ -93,6 +94,13 @@ cudaError_t EnqueueKernel(cudaStream_t stream, Dim3 grid, Dim3 block, size_t sha
 void FailCall(int number, cudaError_t error, bool sticky);
 // Calls made since the last FailCall or SetDevice.
 int NumCalls();
+// Every error there is, success not among them.
+std::vector<cudaError_t> AllErrors();
+// Kernels are put on streams and into graphs as ever, and do nothing: for tests of what the host makes of errors.
+void SkipKernels(bool skip);
+
+// Kernels put on a stream or into a graph so far that may start early.
+int NumEarlyKernels();
 
 // Objects created and not destroyed.
 struct LiveObjects {

@@ -31,13 +31,15 @@ cudaError_t Enqueue(cudaStream_t stream, Work work) {
 
 }  // namespace
 
-cudaError_t EnqueueKernel(cudaStream_t stream, Dim3 grid, Dim3 block, size_t shared_bytes, std::function<void()> run) {
+cudaError_t EnqueueKernel(cudaStream_t stream, const GridShape& shape, std::function<void()> run) {
   RETURN_IF_PLANTED();
+  const Dim3 grid = shape.grid, block = shape.block;
   const uint64_t num_threads = uint64_t{block.x} * block.y * block.z;
-  const bool fits = num_threads > 0 && num_threads <= kMaxThreadsPerBlock && shared_bytes <= kMaxSharedBytes &&
+  const bool fits = num_threads > 0 && num_threads <= kMaxThreadsPerBlock && shape.shared_bytes <= kMaxSharedBytes &&
                     grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.y <= 65535 && grid.z <= 65535 && block.z <= 64;
   if (!fits) return cudaErrorInvalidConfiguration;
-  return Enqueue(stream, std::move(run));
+  TheDevice().num_early_kernels += shape.early ? 1 : 0;
+  return Enqueue(stream, TheDevice().skip_kernels ? [] {} : std::move(run));
 }
 
 }  // namespace minitron::engine::cuda::emulation

@@ -1,9 +1,12 @@
 // What a runner of the CUDA backend takes of the device's memory and what it refuses, each by name.
+#include <algorithm>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "engine/cuda/cuda_model_runner.h"
+#include "engine/cuda/cuda_ops.h"
 #include "engine/cuda/device.h"
 #include "engine/cuda/device_weights.h"
 #include "engine/cuda/memory_plan.h"
@@ -22,7 +25,7 @@ TEST(CudaMemoryTest, DepthsWithoutAQuantizedKernelAreRefusedByName) {
   const RunnerLimits limits{
       .block_size = 16, .num_kv_blocks = 4, .max_num_sequences = 2, .max_num_tokens = 32, .max_context_tokens = 64};
   const auto runner =
-      CreateCudaModelRunner(config, model.weights(), limits, kDevice, MakeMatMul(), Quantization::kInt8);
+      CreateCudaModelRunner(config, model.weights(), limits, kDevice, MakeMatMul(), {Quantization::kInt8});
   EXPECT_EQ(runner.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(runner.status().message(),
             "the cuda backend has no kernel for quantized weights with intermediate_size 136: a multiple of 64");
@@ -138,6 +141,120 @@ TEST(CudaMemoryTest, TheLargestSamplingRequestNeedsNoMemory) {
   ASSERT_TRUE(runner->Submit(batch).ok());
   EXPECT_TRUE(runner->Collect().ok());
   EXPECT_EQ(emulation::CountLiveObjects(), ready);
+}
+
+// The table an operator reads: a line for each purpose, the sum, and what went beyond it.
+TEST(CudaMemoryTest, ThePlanIsPrintedAtStart) {
+  const RandomModel model(CudaConfig(), DType::kBf16, 1);
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 9, .max_num_sequences = 2, .max_num_tokens = 32, .max_context_tokens = 64};
+  testing::internal::CaptureStderr();
+  const auto runner = MakeCuda(model, limits);
+  const std::string log = testing::internal::GetCapturedStderr();
+  for (const char* purpose : {"weights", "matmul workspace", "activations", "logits", "rotary tables",
+                              "attention partials", "step arrays", "sampler", "token histories", "results",
+                              "KV cache blocks=9 block_tokens=16", "sum free_before_mib=", "recorded steps, kernels"}) {
+    EXPECT_NE(log.find(std::string("purpose=") + purpose), std::string::npos) << purpose << " in:\n" << log;
+  }
+}
+
+// Counts the rows whose logits are made.
+class CountingMatMul final : public MatMul {
+ public:
+  explicit CountingMatMul(int& num_rows) : num_rows_(num_rows), matmul_(CreateReferenceMatMul()) {}
+  absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, Store store, Bf16* out,
+                   cudaStream_t stream) override {
+    return matmul_->Run(x, w, rows, outs, depth, store, out, stream);
+  }
+  absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, float* out,
+                   cudaStream_t stream) override {
+    num_rows_ += rows;
+    return matmul_->Run(x, w, rows, outs, depth, out, stream);
+  }
+  absl::Status Run(const Bf16* x, const Fp8Matrix& w, int rows, int outs, int depth, Store store, Bf16* out,
+                   cudaStream_t stream) override {
+    return matmul_->Run(x, w, rows, outs, depth, store, out, stream);
+  }
+  absl::Status PrepareFp8(int, int, int) override { return absl::OkStatus(); }
+  int64_t workspace_bytes() const override { return 0; }
+
+ private:
+  int& num_rows_;
+  std::unique_ptr<MatMul> matmul_;
+};
+
+TEST(CudaMemoryTest, LogitsAreMadeForTheRowsThatAskForThemOnly) {
+  const RandomModel model(CudaConfig(), DType::kBf16, 1);
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 8, .max_num_sequences = 2, .max_num_tokens = 64, .max_context_tokens = 64};
+  int num_rows = 0;
+  const auto runner = *CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice,
+                                             std::make_unique<CountingMatMul>(num_rows));
+  const SamplingParams greedy{.temperature = 0.0f};
+  for (const std::vector<int>& asked : {std::vector<int>{}, {39}, {3, 17, 39}}) {
+    Batch batch;
+    for (int i = 0; i < 40; ++i) {
+      batch.token_ids.push_back(i);
+      batch.positions.push_back(i);
+      batch.slot_mapping.push_back(i);
+    }
+    batch.query_start.push_back(40);
+    batch.block_ids = {0, 1, 2};
+    batch.block_start.push_back(3);
+    batch.kv_lens.push_back(40);
+    for (const int row : asked) batch.results.push_back({.token_row = row, .params = &greedy});
+    num_rows = 0;
+    ASSERT_TRUE(runner->Submit(batch).ok());
+    ASSERT_TRUE(runner->Collect().ok());
+    EXPECT_EQ(num_rows, static_cast<int>(asked.size()));
+  }
+}
+
+TEST(CudaMemoryTest, RecordedStepsServeEveryBatchWithLittlePadding) {
+  for (const int most : {1, 2, 3, 5, 16, 17, 64, 100, 256, 300}) {
+    const std::vector<int> sizes = CudaOps::RecordedSizes(most);
+    EXPECT_EQ(sizes.front(), 1);
+    EXPECT_EQ(sizes.back(), most);
+    EXPECT_TRUE(std::is_sorted(sizes.begin(), sizes.end(), std::less_equal<>()));
+    EXPECT_LE(sizes.size(), 30u) << "each takes memory and time to record";
+    for (int batch = 1; batch <= most; ++batch) {
+      const int size = *std::lower_bound(sizes.begin(), sizes.end(), batch), padding = size - batch;
+      EXPECT_LE(padding, size <= 16 ? 3 : size <= 64 ? size / 3 : size / 5) << batch << " of " << most;
+    }
+  }
+}
+
+// Calls into CUDA that a step of `rows` single tokens makes.
+int CallsOfAStep(ModelRunner& runner, int rows) {
+  const SamplingParams greedy{.temperature = 0.0f};
+  Batch batch;
+  for (int s = 0; s < rows; ++s) {
+    batch.token_ids.push_back(s);
+    batch.positions.push_back(0);
+    batch.slot_mapping.push_back(16 * s);
+    batch.query_start.push_back(s + 1);
+    batch.block_ids.push_back(s);
+    batch.block_start.push_back(s + 1);
+    batch.kv_lens.push_back(1);
+    batch.results.push_back({.token_row = s, .sequence = s, .params = &greedy});
+  }
+  emulation::FailCall(0, cudaSuccess, false);
+  EXPECT_TRUE(runner.Submit(batch).ok());
+  EXPECT_TRUE(runner.Collect().ok());
+  return emulation::NumCalls();
+}
+
+TEST(CudaMemoryTest, ADecodeStepIsOneReplayWhateverItsSizeAndTheModelsDepth) {
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 8, .max_num_sequences = 6, .max_num_tokens = 8, .max_context_tokens = 64};
+  NemotronConfig config = CudaConfig();
+  const RandomModel shallow(config, DType::kBf16, 1);
+  config.num_layers += 3;
+  const RandomModel deep(config, DType::kBf16, 1);
+  const auto first = MakeCuda(shallow, limits), second = MakeCuda(deep, limits);
+  const int calls = CallsOfAStep(*first, 1);
+  for (const int rows : {2, 3, 5, 6}) EXPECT_EQ(CallsOfAStep(*first, rows), calls) << rows << " rows";
+  for (const int rows : {1, 5}) EXPECT_EQ(CallsOfAStep(*second, rows), calls) << rows << " rows, deeper";
 }
 
 TEST(CudaMemoryTest, NothingIsAllocatedOnceReady) {

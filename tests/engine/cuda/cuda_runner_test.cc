@@ -104,6 +104,29 @@ TEST(CudaRunnerTest, Fp8CachesKeepTheSameBitsInAnySchedule) {
   ExpectSame(alone, run({.block_size = 8, .max_chunk = 1}), "a token at a time");
 }
 
+#if defined(MINITRON_CUDA_EMULATION)
+// The emulation aborts when a kernel that may start early does not wait for those in front.
+TEST(CudaRunnerTest, KernelsOfRecordedStepsMayStartEarlyWithTheSameBits) {
+  const std::vector<Job> jobs = RandomJobs(51, 3, 40);
+  const auto run = [&jobs](KvCacheType kv, Quantization quantization, bool early_launch) {
+    const auto make = [=](const RandomModel& model, RunnerLimits limits) {
+      limits.kv_cache_type = kv;
+      return *CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, MakeMatMul(),
+                                    {.quantization = quantization, .early_launch = early_launch});
+    };
+    return Driver(jobs, {.max_running = 3}, CudaConfig(), make).Run();
+  };
+  for (const auto& [kv, quantization] :
+       {std::pair{KvCacheType::kBf16, Quantization::kOff}, {KvCacheType::kFp8, Quantization::kInt4}}) {
+    const int before = emulation::NumEarlyKernels();
+    const std::vector<Trace> expected = run(kv, quantization, false);
+    EXPECT_EQ(emulation::NumEarlyKernels(), before) << "off unless asked for";
+    ExpectSame(expected, run(kv, quantization, true), "started early");
+    EXPECT_GT(emulation::NumEarlyKernels(), before + 20);
+  }
+}
+#endif
+
 TEST(CudaRunnerTest, QuantizedWeightsKeepTheSameBitsInAnySchedule) {
   const std::vector<Job> jobs = RandomJobs(41, 4, 50);
   for (const Quantization quantization : {Quantization::kInt8, Quantization::kInt4, Quantization::kFp8}) {

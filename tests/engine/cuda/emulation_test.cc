@@ -33,7 +33,7 @@ class EmulationTest : public testing::Test {
   }
   template <typename... Parameters, typename... Arguments>
   void Run(void (*kernel)(Parameters...), Dim3 grid, Dim3 block, size_t shared, const Arguments&... arguments) {
-    ASSERT_EQ(Launch(kernel, grid, block, shared, stream_, arguments...), cudaSuccess);
+    ASSERT_EQ(Launch(kernel, grid, block, shared, LaunchStream(stream_, early_), arguments...), cudaSuccess);
     ASSERT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
   }
   // Death tests: the message of the abort.
@@ -44,6 +44,7 @@ class EmulationTest : public testing::Test {
   }
 
   cudaStream_t stream_ = nullptr;
+  bool early_ = false;
   std::vector<void*> device_;
 };
 
@@ -223,6 +224,14 @@ TEST_F(EmulationTest, MisalignedAccessesAbort) {
   ExpectDeath("misaligned cp.async source.*emulation_test.cc", &MisalignedCopy, {32}, 512, in, 1);
   ExpectDeath("misaligned ldmatrix row", &MisalignedMatrix, {32}, 1024);
   ExpectDeath("misaligned 16-byte load", &MisalignedLoad, {32}, 0, in, out);
+}
+
+KERNEL(32) BeginsInMostThreads() { Lane() != 7 ? BeginKernel() : void(); }
+
+TEST_F(EmulationTest, KernelsThatMayStartEarlyMustWaitInEveryThread) {
+  Run(&BeginsInMostThreads, {1}, {32}, 0);  // one that may not start early need not
+  early_ = true;
+  ExpectDeath("did not call BeginKernel: block .0, 0, 0. thread .7, 0, 0.", &BeginsInMostThreads, {32}, 0);
 }
 
 KERNEL(32) ForgottenWait(const float* in) {

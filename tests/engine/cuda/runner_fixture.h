@@ -38,7 +38,7 @@ inline std::unique_ptr<MatMul> MakeMatMul() {
 
 inline std::unique_ptr<ModelRunner> MakeQuantized(const RandomModel& model, const RunnerLimits& limits,
                                                   Quantization quantization) {
-  auto runner = CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, MakeMatMul(), quantization);
+  auto runner = CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, MakeMatMul(), {quantization});
   EXPECT_TRUE(runner.ok()) << runner.status();
   return *std::move(runner);
 }

@@ -44,7 +44,8 @@ def number(value, unit):
 
 
 def steps_row(results, batch, context, weights, kv, target):
-    record = results.find("step", batch=batch, context=context, weights=weights, kv=kv)
+    shape = {"batch": batch, "context": context, "weights": weights, "kv": kv}
+    record = results.find("step", launch="plain", **shape)
     rate = None if record is None else batch / record["ms"] * 1e3
     name = f"decode, batch {batch}, context {context}, weights {weights}, KV {kv}"
     bandwidth = results.find("ceiling", name="read")
@@ -52,6 +53,12 @@ def steps_row(results, batch, context, weights, kv, target):
     if record is not None and bandwidth is not None and weights == "bf16" and kv == "bf16":
         floor_s = (WEIGHT_BYTES + batch * context * KV_BYTES) / (bandwidth["gb_per_s"] * 1e9)
         share = f"{floor_s / (record['ms'] / 1e3):.0%} of the read floor"
+    early = results.find("step", launch="early", **shape)
+    if record is not None and early is not None:
+        share += f"; started early {record['ms'] / early['ms'] - 1.0:+.1%}"
+    dynamic = results.find("step", launch="plain", **{**shape, "weights": "fp8-dynamic"})
+    if weights == "fp8" and dynamic is not None:
+        share += f"{'; ' if share else ''}fp8-dynamic {number(batch / dynamic['ms'] * 1e3, 'tok/s')}"
     return name, number(rate, "tok/s"), target, share
 
 
@@ -78,7 +85,10 @@ def kernel_row(results, name, **shape):
 
 def peer_row(results, name, batch, context):
     """Ours against the fastest peer of the same shape."""
-    ours = results.find("step", batch=batch, context=context, weights="bf16", kv="bf16")
+    ours = results.find("step", batch=batch, context=context, weights="bf16", kv="bf16", launch="plain")
+    missing = results.find("skipped", name=name)
+    if missing is not None:
+        return f"peer: {name}, batch {batch}, context {context}", "skipped", "slower than ours", missing["why"]
     peers = results.best("peer", "tokens_per_s", name=name, batch=batch, context=context)
     ratio = "" if ours is None or peers is None else f"ours is {batch / ours['ms'] * 1e3 / peers:.2f} times as fast"
     return f"peer: {name}, batch {batch}, context {context}", number(peers, "tok/s"), "slower than ours", ratio
@@ -87,8 +97,9 @@ def peer_row(results, name, batch, context):
 def rows(results):
     """The twenty rows: what, result, target, remark."""
     layers = results.find("layers")
+    no_layers = results.find("skipped", name="layers")
     ready = results.find("ready", shape="8b")
-    prompt = results.find("prefill", weights="bf16", kv="bf16")
+    prompt = results.find("prefill", weights="bf16", kv="bf16", launch="plain")
     table = []
     for name, unit, key in (("copy", "GB/s", "gb_per_s"), ("read", "GB/s", "gb_per_s"),
                             ("bf16 GEMM", "TFLOP/s", "tflops")):
@@ -101,7 +112,6 @@ def rows(results):
     table.append(kernel_row(results, "head bf16", rows=64))
     table.append(steps_row(results, 1, 512, "bf16", "bf16", ">= 250"))
     table.append(steps_row(results, 64, 512, "bf16", "bf16", ">= 11,700"))
-    table.append(steps_row(results, 64, 2048, "bf16", "bf16", ""))
     table.append(steps_row(results, 64, 512, "fp8", "fp8", "about twice bf16"))
     table.append(("prefill, 2048 tokens", number(prompt and prompt["tokens_per_s"], "tok/s"), ">= 42,000", ""))
     table.append(load_row(results, 1, 512, 128, ""))
@@ -110,9 +120,10 @@ def rows(results):
     table.append(("ready, 8B in the page cache", number(ready and ready["seconds"], "s"), "<= 10", ""))
     table.append(("4 layers against another implementation", "not measured" if layers is None else
                   f"{layers['mean_nats']:.4f} nat mean, {layers['p99_nats']:.4f} p99", "<= 0.03, 0.12",
-                  "" if layers is None else layers["against"]))
-    table.append(peer_row(results, "torch, recorded steps", 1, 512))
+                  layers["against"] if layers else no_layers["why"] if no_layers else ""))
     table.append(peer_row(results, "torch, recorded steps", 64, 512))
+    table.append(peer_row(results, "transformers, continuous batching", 64, 512))
+    table.append(peer_row(results, "llama.cpp", 1, 512))
     return table
 
 

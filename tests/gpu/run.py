@@ -8,6 +8,7 @@ with --redo to repeat it. A stage that no longer fits into the budget is left fo
 library.
 """
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -25,6 +26,17 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 class StageError(Exception):
     """What a stage could not do, in one line."""
+
+
+def skipped(name, why):
+    """The record of something that cannot be measured here; a stage of nothing else is tried again."""
+    return {"kind": "skipped", "name": name, "why": why}
+
+
+def reasons(path):
+    """Why a stage's file holds no result; empty when it holds one."""
+    records = json.loads(path.read_text())["records"]
+    return [record["why"] for record in records] if all(r["kind"] == "skipped" for r in records) else []
 
 
 class Context:
@@ -96,7 +108,7 @@ def sanitizer(context):
     """The same under compute-sanitizer, smallest cases, where the machine has it and lets it run."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.path.exists(program):
-        return [{"kind": "note", "text": "no compute-sanitizer here"}]
+        return [skipped("sanitizer", "no compute-sanitizer here")]
     cases = "RowKernelsTest.LayerNormRows*:*EveryGroupSize*:*FewerBlocks*:*Rope*:*FewRows*:*EqualLogits*"
     records = []
     for tool in ("memcheck", "racecheck"):
@@ -122,6 +134,8 @@ def roofline(context):
 
 def layers(context):
     """Four layers of full width against another implementation on the same weights."""
+    if importlib.util.find_spec("torch") is None:
+        return [skipped("layers", "no torch here, which the other implementation needs")]
     shape = "tiny" if context.shape == "tiny" else "8b-4-layers"
     folder = context.model(shape)
     tokens = context.out / "tokens.txt"
@@ -138,7 +152,8 @@ def layers(context):
 def steps(context):
     """Decode steps and prompts of the whole model, without a server."""
     records = []
-    for formats in (["none", "bf16"], ["fp8", "fp8"], ["int8", "bf16"], ["int4", "bf16"]):
+    for formats in (["none", "bf16", "plain"], ["none", "bf16", "early"], ["fp8", "fp8", "plain"],
+                    ["fp8-dynamic", "fp8", "plain"], ["int8", "bf16", "plain"], ["int4", "bf16", "plain"]):
         if context.backend == "cpu" and "fp8" in formats:
             continue
         model_folder = context.model(context.shape)
@@ -216,8 +231,8 @@ def peers(context):
 
 # In order; the seconds are what a stage is given before it is not started any more.
 STAGES = {"device": (device, 5), "kernels": (kernels, 30), "ceilings": (ceilings, 15), "model": (model, 60),
-          "roofline": (roofline, 60), "layers": (layers, 45), "steps": (steps, 90), "serve": (serve, 15),
-          "load": (load, 90), "peers": (peers, 60), "sanitizer": (sanitizer, 60)}
+          "roofline": (roofline, 60), "layers": (layers, 45), "steps": (steps, 120), "serve": (serve, 15),
+          "load": (load, 90), "peers": (peers, 90), "sanitizer": (sanitizer, 60)}
 
 
 def run_stage(context, name):
@@ -235,8 +250,13 @@ def run_stage(context, name):
         temporary = context.out / f"{name}.json.tmp"
         temporary.write_text(json.dumps({"stage": name, "seconds": seconds, "records": records}, indent=1))
         temporary.rename(context.out / f"{name}.json")
-    print(f"gpu: {name} {'passed' if error is None else 'FAILED'} in {seconds:.0f} s" +
-          ("" if error is None else f": {error}; see {context.out / name}.log"), flush=True)
+    why = [] if error is not None else reasons(context.out / f"{name}.json")
+    if error is not None:
+        print(f"gpu: {name} FAILED in {seconds:.0f} s: {error}; see {context.out / name}.log", flush=True)
+    elif why:
+        print(f"gpu: {name} skipped: {'; '.join(why)}", flush=True)
+    else:
+        print(f"gpu: {name} passed in {seconds:.0f} s", flush=True)
     return error is None
 
 
@@ -261,7 +281,7 @@ def main():
         done = context.out / f"{name}.json"
         if name in options.redo:
             done.unlink(missing_ok=True)
-        if done.exists():
+        if done.exists() and not reasons(done):
             print(f"gpu: {name} passed before ({done})")
             continue
         if time.monotonic() - begin + STAGES[name][1] > options.budget:

@@ -40,11 +40,11 @@ class RunTest(unittest.TestCase):
         (models / "minitron-tiny").symlink_to(HERE.parents[1] / "deploy" / "models" / "minitron-tiny")
         script(self.bundle / "bin" / "nvidia-smi", "echo 'Test Device, 1.2, 1000, 1500, 2000'")
 
-    def run_stages(self, *arguments):
+    def run_stages(self, *arguments, environment=None):
         return subprocess.run(
             [sys.executable, HERE / "run.py", "--bundle", self.bundle, "--out", self.out, "--shape", "tiny",
              "--backend", "cpu", *arguments], capture_output=True, text=True, timeout=240,
-            env={**os.environ, "PATH": f"{self.bundle / 'bin'}:{os.environ['PATH']}"})
+            env={**os.environ, "PATH": f"{self.bundle / 'bin'}:{os.environ['PATH']}", **(environment or {})})
 
     def records(self, stage):
         return json.loads((self.out / f"{stage}.json").read_text())["records"]
@@ -66,8 +66,9 @@ class RunTest(unittest.TestCase):
             self.assertGreater(record["us"], 0)
             self.assertGreater(record["bytes"], 0)
         steps = [r for r in self.records("steps") if r["kind"] == "step"]
-        self.assertEqual({(r["weights"], r["batch"]) for r in steps},
-                         {(w, b) for w in ("bf16", "int8", "int4") for b in (1, 4)})
+        self.assertEqual({(r["weights"], r["launch"], r["batch"]) for r in steps},
+                         {(*w, b) for w in (("bf16", "plain"), ("bf16", "early"), ("int8", "plain"), ("int4", "plain"))
+                          for b in (1, 4)})
         for record in self.records("load"):
             self.assertEqual(record.get("failed", 0), 0)
         self.assertGreater([r for r in self.records("load") if r["kind"] == "load"][0]["tokens_per_s"], 0)
@@ -100,6 +101,35 @@ class RunTest(unittest.TestCase):
         self.assertIn("gpu: load left for the next run", result.stdout)
         self.assertFalse((self.out / "load.json").exists())
 
+    def test_what_a_machine_lacks_is_skipped_with_its_reason_and_tried_again(self):
+        for name in ("torch", "transformers", "flashinfer"):  # not here, whatever the machine has
+            (self.bundle / f"{name}.py").write_text(f"raise ImportError('no module {name}')")
+        environment = {"PYTHONPATH": str(self.bundle), "MINITRON_LLAMA_BENCH": "", "MINITRON_LLAMA_GGUF": ""}
+        result = self.run_stages("peers", environment=environment)
+        self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+        self.assertRegex(result.stdout, r"gpu: peers skipped: no torch here: no module torch; .*no llama-bench here")
+        skipped = {record["name"]: record["why"] for record in self.records("peers")}
+        self.assertEqual(set(skipped), {"torch, recorded steps", "transformers, continuous batching", "llama.cpp",
+                                        "flashinfer, paged decode", "torch, sdpa"})
+        self.assertIn("| peer: llama.cpp, batch 1, context 512 | skipped | slower than ours | no llama-bench here;",
+                      result.stdout)
+        script(self.bundle / "bin" / "llama-bench",
+               "echo '[{\"n_gen\": 0, \"avg_ts\": 900.5}, {\"n_gen\": 128, \"avg_ts\": 12.5}]'")
+        environment["MINITRON_LLAMA_GGUF"] = "model.gguf"
+        again = self.run_stages("peers", environment=environment)
+        self.assertIn("gpu: peers passed in", again.stdout)
+        self.assertIn("| peer: llama.cpp, batch 1, context 512 | 12.5 tok/s | slower than ours |  |", again.stdout)
+        self.assertIn("gpu: peers passed before", self.run_stages("peers", environment=environment).stdout)
+
+    def test_a_peer_that_breaks_is_told_and_leaves_the_others(self):
+        (self.bundle / "torch.py").write_text("raise RuntimeError('a broken installation')")
+        script(self.bundle / "bin" / "llama-bench", "echo out of memory >&2; exit 1")
+        result = self.run_stages("peers", environment={"PYTHONPATH": str(self.bundle), "MINITRON_LLAMA_GGUF": "m"})
+        skipped = {record["name"]: record["why"] for record in self.records("peers")}
+        self.assertEqual(result.returncode, 0)
+        self.assertEqual(skipped["torch, sdpa"], "RuntimeError: a broken installation")
+        self.assertEqual(skipped["llama.cpp"], "llama-bench ended with status 1: out of memory\n")
+
     def test_unknown_stages_are_refused_by_name(self):
         result = self.run_stages("kernel")
         self.assertEqual(result.returncode, 2)
@@ -128,19 +158,23 @@ class ReportTest(unittest.TestCase):
             self.assertIn("not measured", row)
 
     def test_results_are_set_against_ceilings_targets_and_peers(self):
-        step = {"kind": "step", "weights": "bf16", "kv": "bf16", "batch": 64, "context": 512}
+        step = {"kind": "step", "weights": "bf16", "kv": "bf16", "launch": "plain", "batch": 64, "context": 512}
         table = "\n".join(self.table(
             ceilings=[{"kind": "ceiling", "name": "read", "gb_per_s": 4000.0}],
             roofline=[{"kind": "kernel", "name": "fc1 bf16", "rows": 64, "us": 40.0, "bytes": 136e6, "flop": 1},
                       {"kind": "kernel", "name": "fc1 bf16, free choice", "rows": 64, "us": 32.0, "bytes": 136e6}],
-            steps=[{**step, "ms": 5.0}],
+            steps=[{**step, "ms": 5.0}, {**step, "launch": "early", "ms": 4.9},
+                   {**step, "weights": "fp8", "kv": "fp8", "ms": 3.0},
+                   {**step, "weights": "fp8-dynamic", "kv": "fp8", "ms": 2.5}],
             peers=[{"kind": "peer", "name": "torch, recorded steps", "batch": 64, "context": 512,
                     "tokens_per_s": 6400.0}]))
         self.assertIn("| fc1 bf16, rows 64 | 40.0 us |  | 85% of the read ceiling; "
                       "batch invariance costs +25% |", table)
         # (14.45e9 + 64 * 512 * 131072) / 4e12 = 4.686 ms
         self.assertIn("| decode, batch 64, context 512, weights bf16, KV bf16 | 12,800 tok/s | >= 11,700 | "
-                      "94% of the read floor |", table)
+                      "94% of the read floor; started early +2.0% |", table)
+        self.assertIn("| decode, batch 64, context 512, weights fp8, KV fp8 | 21,333 tok/s | about twice bf16 | "
+                      "fp8-dynamic 25,600 tok/s |", table)
         self.assertIn("| peer: torch, recorded steps, batch 64, context 512 | 6,400 tok/s | slower than ours | "
                       "ours is 2.00 times as fast |", table)
 

@@ -28,7 +28,7 @@ constexpr int kBlockSize = 32;
 constexpr int kMaxTokens = 2048;
 
 struct RunnerOptions {
-  std::string model, backend, weights = "none", kv = "bf16";
+  std::string model, backend, weights = "none", kv = "bf16", launch = "plain";
   int max_sequences = 256;
   int max_context = 0;
 };
@@ -37,10 +37,12 @@ std::unique_ptr<ModelRunner> MakeRunner(const RunnerOptions& options) {
   engine::EngineOptions engine_options;
   engine_options.model_dir = options.model;
   engine_options.backend = options.backend == "cpu" ? Backend::kCpu : Backend::kCuda;
-  engine_options.quantization = options.weights == "int8"   ? Quantization::kInt8
-                                : options.weights == "int4" ? Quantization::kInt4
-                                : options.weights == "fp8"  ? Quantization::kFp8
-                                                            : Quantization::kOff;
+  engine_options.quantization = options.weights == "int8"          ? Quantization::kInt8
+                                : options.weights == "int4"        ? Quantization::kInt4
+                                : options.weights == "fp8"         ? Quantization::kFp8
+                                : options.weights == "fp8-dynamic" ? Quantization::kFp8Dynamic
+                                                                   : Quantization::kOff;
+  engine_options.early_launch = options.launch == "early";
   engine_options.kv_cache_type = options.kv == "fp8" ? KvCacheType::kFp8 : KvCacheType::kBf16;
   engine_options.block_size = kBlockSize;
   engine_options.max_num_sequences = options.max_sequences;
@@ -118,8 +120,8 @@ int Steps(const RunnerOptions& given) {
   if (runner == nullptr) return 1;
   const std::string weights = options.weights == "none" ? "bf16" : options.weights;
   const auto print = [&](const char* kind, const std::string& rest) {
-    std::printf("{\"kind\": \"%s\", \"weights\": \"%s\", \"kv\": \"%s\", %s}\n", kind, weights.c_str(),
-                options.kv.c_str(), rest.c_str());
+    std::printf("{\"kind\": \"%s\", \"weights\": \"%s\", \"kv\": \"%s\", \"launch\": \"%s\", %s}\n", kind,
+                weights.c_str(), options.kv.c_str(), options.launch.c_str(), rest.c_str());
     std::fflush(stdout);
   };
   char text[256];
@@ -184,7 +186,11 @@ int Score(const RunnerOptions& given, const std::string& file_name) {
 }  // namespace
 
 int RunnerSteps(const std::vector<std::string>& arguments) {
-  return Steps({.model = arguments[0], .backend = arguments[1], .weights = arguments[2], .kv = arguments[3]});
+  return Steps({.model = arguments[0],
+                .backend = arguments[1],
+                .weights = arguments[2],
+                .kv = arguments[3],
+                .launch = arguments[4]});
 }
 
 int RunnerScore(const std::vector<std::string>& arguments) {

@@ -19,8 +19,9 @@ struct CublasLtOptions {
 };
 
 // Loads the library and creates a handle with a 32 MiB workspace. An algorithm is chosen the first time a shape is seen
-// outside a capture: every candidate is timed on the operands given, and the winner is kept (and written to
-// tuning_file). Errors: FAILED_PRECONDITION when the library is not there or finds no device, else as ToStatus.
+// outside a capture: every candidate is timed on the operands given, with weights out of the cache, and the winner is
+// kept (and written to tuning_file). Errors: FAILED_PRECONDITION when the library is not there or finds no device, else
+// as ToStatus.
 absl::StatusOr<std::unique_ptr<MatMul>> CreateCublasLtMatMul(const CublasLtOptions& options);
 
 }  // namespace minitron::engine::cuda

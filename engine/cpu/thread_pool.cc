@@ -37,6 +37,7 @@ constexpr uint64_t Ticket(uint32_t loop, uint32_t unclaimed) { return uint64_t{l
 
 ThreadPool::ThreadPool(int num_threads) {
   CHECK(num_threads >= 1);
+  parts_ = std::make_unique<Part[]>(num_threads);
   workers_.reserve(num_threads - 1);
   for (int thread = 1; thread < num_threads; ++thread) {
     workers_.emplace_back([this, thread] { WorkerMain(thread); });
@@ -67,7 +68,10 @@ void ThreadPool::Run(int64_t count, int64_t grain, Trampoline trampoline, const 
   function_.store(function, std::memory_order_relaxed);
   ranges_left_.store(static_cast<uint32_t>(num_ranges), std::memory_order_relaxed);
   const uint32_t loop = announced_.load(std::memory_order_relaxed) + 1;
-  ticket_.store(Ticket(loop, static_cast<uint32_t>(num_ranges)), std::memory_order_release);
+  for (int part = 0; part < num_threads(); ++part) {
+    const int64_t size = PartEnd(num_ranges, part) - PartEnd(num_ranges, part - 1);
+    parts_[part].ticket.store(Ticket(loop, static_cast<uint32_t>(size)), std::memory_order_release);
+  }
   announced_.store(loop, std::memory_order_release);
   announced_.notify_all();
   RunRanges(loop, 0);
@@ -77,22 +81,28 @@ void ThreadPool::Run(int64_t count, int64_t grain, Trampoline trampoline, const 
   }
 }
 
+int64_t ThreadPool::PartEnd(int64_t num_ranges, int part) const { return num_ranges * (part + 1) / num_threads(); }
+
 void ThreadPool::RunRanges(uint32_t loop, int thread) {
-  uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  for (int i = 0; i < num_threads(); ++i) RunPart(loop, thread, (thread + i) % num_threads());
+}
+
+void ThreadPool::RunPart(uint32_t loop, int thread, int part) {
+  std::atomic<uint64_t>& shared = parts_[part].ticket;
+  uint64_t ticket = shared.load(std::memory_order_acquire);
   while (static_cast<uint32_t>(ticket >> 32) == loop && static_cast<uint32_t>(ticket) != 0) {
     // Acquire keeps these reads in front of the claim that makes them valid.
     const int64_t count = count_.load(std::memory_order_acquire);
     const int64_t grain = grain_.load(std::memory_order_acquire);
     const Trampoline trampoline = trampoline_.load(std::memory_order_acquire);
     const void* function = function_.load(std::memory_order_acquire);
-    if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+    if (!shared.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
       continue;
     }
-    // In ascending order: a thread that claims twice in a row reads on where it was.
-    const int64_t begin = (NumRanges(count, grain) - static_cast<uint32_t>(ticket)) * grain;
+    const int64_t begin = (PartEnd(NumRanges(count, grain), part) - static_cast<uint32_t>(ticket)) * grain;
     trampoline(function, begin, std::min(begin + grain, count), thread);
     if (ranges_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) ranges_left_.notify_one();
-    ticket = ticket_.load(std::memory_order_acquire);
+    ticket = shared.load(std::memory_order_acquire);
   }
 }
 

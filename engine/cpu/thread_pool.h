@@ -3,13 +3,15 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <vector>
 
 namespace minitron::engine::cpu {
 
-// One loop at a time, called from one thread. Ranges are claimed dynamically, so which thread runs a range is random:
-// what is computed for an index must not depend on it.
+// One loop at a time, called from one thread. Every thread has a contiguous part of the loop, of which it claims range
+// after range in ascending order, so that it reads memory as one stream; whoever is done goes on with what is left of
+// the others' parts. Which thread runs a range is random: what is computed for an index must not depend on it.
 class ThreadPool {
  public:
   // Starts num_threads - 1 workers (>= 1 thread; the caller is one of them).
@@ -37,16 +39,20 @@ class ThreadPool {
 
   void Run(int64_t count, int64_t grain, Trampoline trampoline, const void* function);
   void RunRanges(uint32_t loop, int thread);
+  void RunPart(uint32_t loop, int thread, int part);
+  int64_t PartEnd(int64_t num_ranges, int part) const;  // first range that is not in `part` or one before it
   void WorkerMain(int thread);
 
-  // The loop at hand. Written by the caller before ticket_ announces it; a worker that read them while they changed
+  // The loop at hand. Written by the caller before the tickets announce it; a worker that read them while they changed
   // cannot claim a range of its loop any more and drops what it read.
   std::atomic<int64_t> count_{0};
   std::atomic<int64_t> grain_{1};
   std::atomic<Trampoline> trampoline_{nullptr};
   std::atomic<const void*> function_{nullptr};
-  // High half: number of the loop. Low half: ranges not claimed yet.
-  alignas(64) std::atomic<uint64_t> ticket_{0};
+  struct alignas(64) Part {
+    std::atomic<uint64_t> ticket{0};  // High half: number of the loop. Low half: ranges not claimed yet.
+  };
+  std::unique_ptr<Part[]> parts_;                     // one per thread
   alignas(64) std::atomic<uint32_t> ranges_left_{0};  // not finished
   alignas(64) std::atomic<uint32_t> announced_{0};    // number of the latest loop; workers sleep on it
   std::atomic<bool> stopping_{false};

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "engine/base/check.h"
+#include "engine/cpu/amx_matmul.h"
 #include "engine/cpu/panel_format.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -356,7 +357,11 @@ namespace minitron::engine::cpu {
 HWY_EXPORT(PanelRangeForTarget);
 
 void PanelRange(const PanelJob& job, int64_t begin, int64_t end) {
-  HWY_DYNAMIC_DISPATCH(PanelRangeForTarget)(job, begin, end);
+  if (job.quantized.for_amx) {
+    AmxPanelRange(job, begin, end);
+  } else {
+    HWY_DYNAMIC_DISPATCH(PanelRangeForTarget)(job, begin, end);
+  }
 }
 
 void PanelMatMul(ThreadPool& pool, MatrixView<const float> x, const WeightView& w, QuantizedRowsBuffer& workspace,

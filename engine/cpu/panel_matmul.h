@@ -13,7 +13,9 @@ namespace minitron::engine::cpu {
 //   int8  a group's products sum exactly in integers; one chain over the groups, sum = fma(group, w scale, sum); times
 //         the row's scale at the end
 //   int4  the same with sum = fma(group, w scale * x scale, sum)
-// Targets without fused multiply-add (SSE) round the product first.
+// Targets without fused multiply-add (SSE) round the product first. AMX (amx_matmul.h), where the machine has it, gives
+// the same bits for int8 and int4. bf16 it sums in its own order: x is three bf16 parts, high to low, that add up to it
+// exactly; per 32 inputs and part, sum += (chain over even inputs) + (chain over odd inputs), subnormals as zero.
 // `workspace` holds the rearranged rows; it must be large enough for x.
 void PanelMatMul(ThreadPool& pool, MatrixView<const float> x, const WeightView& w, QuantizedRowsBuffer& workspace,
                  MatrixView<float> out);

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "engine/base/check.h"
+#include "engine/cpu/amx_matmul.h"
 #include "engine/cpu/panel_format.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -84,6 +85,7 @@ void QuantizeWide(const MatrixView<const float>& x, int64_t begin, int64_t end, 
     for (int64_t first = 0, group = 0; first < x.cols; first += kInt8Group, ++group) {
       Round(Finite(scale, row + first, kZeros), std::min(kInt8Group, x.cols - first), kInt8Group, scale.inverse,
             out.wide + (group * x.rows + r) * kInt8Group);
+      if (out.for_amx) SplitWideRows(out.wide + (group * x.rows + r) * kInt8Group, 1);
     }
   }
 }
@@ -117,6 +119,15 @@ HWY_EXPORT(QuantizeNarrow);
 
 namespace {
 
+constexpr int64_t kAmxInputs = 32;
+
+// Rows from which AMX is used. For fewer the vector kernels read quantised weights faster, and their bits are the same;
+// bf16's are not, so its rows all go one way.
+constexpr int64_t AmxFrom(DType dtype) {
+  if (dtype == DType::kBf16Panels) return 1;
+  return dtype == DType::kInt8Panels ? 8 : 9;
+}
+
 void CopySlices(const MatrixView<const float>& x, int64_t begin, int64_t end, float* out) {
   for (int64_t r = begin; r < end; ++r) {
     for (int64_t first = 0; first < x.cols; first += kFloatSlice) {
@@ -125,19 +136,32 @@ void CopySlices(const MatrixView<const float>& x, int64_t begin, int64_t end, fl
   }
 }
 
+// The same in the three parts that AMX multiplies.
+void SplitRows(const MatrixView<const float>& x, int64_t begin, int64_t end, uint16_t* out) {
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t first = 0, tile = 0; first < x.cols; first += kAmxInputs, ++tile) {
+      SplitFloats(x.row(r) + first, std::min(kAmxInputs, x.cols - first), out + (tile * x.rows + r) * 3 * kAmxInputs);
+    }
+  }
+}
+
 }  // namespace
 
+// 6 bytes a value in AMX's parts of a float, and room for 16 rows of 192 bytes that a tile may read past the end.
 QuantizedRowsBuffer::QuantizedRowsBuffer(int64_t max_rows, int64_t max_depth)
-    : values_(max_rows * CeilDiv(max_depth, kFloatSlice) * kFloatSlice),
+    : values_(max_rows * CeilDiv(max_depth, kFloatSlice) * kFloatSlice * 3 / 2 + 16 * 192 / 4),
       scales_(max_rows * CeilDiv(max_depth, kInt4Group)),
       offsets_(max_rows * CeilDiv(max_depth, kInt4Group)) {}
 
 QuantizedRows QuantizedRowsBuffer::Quantize(ThreadPool& pool, MatrixView<const float> x, DType dtype) {
-  CHECK(x.rows * CeilDiv(x.cols, kFloatSlice) * kFloatSlice <= values_.size());
-  QuantizedRows rows{.rows = x.rows};
+  CHECK(x.rows * CeilDiv(x.cols, kFloatSlice) * kFloatSlice * 3 / 2 + 16 * 192 / 4 <= values_.size());
+  QuantizedRows rows{.rows = x.rows, .for_amx = x.rows >= AmxFrom(dtype) && AmxUsable()};
   // 32 Ki elements are about 5 microseconds of work: less is not worth a wake-up.
   const int64_t grain = std::max<int64_t>(1, (32 << 10) / x.cols);
-  if (dtype == DType::kBf16Panels) {
+  if (dtype == DType::kBf16Panels && rows.for_amx) {
+    rows.parts = reinterpret_cast<uint16_t*>(values_.data());
+    pool.ParallelFor(x.rows, grain, [&](int64_t begin, int64_t end, int) { SplitRows(x, begin, end, rows.parts); });
+  } else if (dtype == DType::kBf16Panels) {
     rows.floats = x.rows == 1 ? x.data : values_.data();
     if (x.rows == 1) return rows;  // its slices follow each other already
     pool.ParallelFor(x.rows, grain,

@@ -19,8 +19,10 @@ namespace minitron::engine::cpu {
 //                     undoes the plus 8 of the stored weights.
 struct QuantizedRows {
   int64_t rows = 0;
+  bool for_amx = false;           // arranged for amx_matmul.h
   const float* floats = nullptr;  // [slices, rows, kFloatSlice]
-  int16_t* wide = nullptr;        // [groups, rows, kInt8Group]
+  uint16_t* parts = nullptr;      // for AMX instead of floats: [tiles of 32 inputs, rows, 3 parts, 32 inputs] bf16
+  int16_t* wide = nullptr;        // [groups, rows, kInt8Group]; for AMX bytes
   float* row_scales = nullptr;    // [rows]
   int8_t* narrow = nullptr;       // [groups, rows, kInt4Group]
   float* group_scales = nullptr;  // [groups, rows]

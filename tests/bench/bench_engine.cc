@@ -9,6 +9,7 @@
 #include <cstring>
 #include <string>
 
+#include "engine/cpu/amx_matmul.h"
 #include "engine/cpu/cpu_topology.h"
 #include "hwy/targets.h"
 #include "tests/bench/limits.h"
@@ -106,6 +107,7 @@ Options Parse(int argc, char** argv) {
 // Restricts Highway's dispatch to one instruction set, as on a machine that has no better one.
 void ChooseTarget(const std::string& name) {
   if (name.empty()) return;
+  engine::cpu::AllowAmx(false);
   const int64_t supported = hwy::SupportedTargets() & HWY_TARGETS;
   for (int64_t targets = supported; targets != 0; targets &= targets - 1) {
     const int64_t target = targets & -targets;
@@ -120,7 +122,8 @@ void ChooseTarget(const std::string& name) {
 int Run(const Options& options) {
   ChooseTarget(options.target);
   const int64_t best = hwy::SupportedTargets() & HWY_TARGETS;
-  std::printf("target %s, %d threads\n", hwy::TargetName(best & -best), options.engine.num_threads);
+  const char* target = engine::cpu::AmxUsable() ? "AMX" : hwy::TargetName(best & -best);
+  std::printf("target %s, %d threads\n", target, options.engine.num_threads);
   Limits limits;
   {
     engine::cpu::ThreadPool pool(options.engine.num_threads);

@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "engine/cpu/amx_matmul.h"
 #include "engine/cpu/convert.h"
 #include "engine/cpu/panel_format.h"
 #include "gtest/gtest.h"
@@ -73,9 +74,30 @@ float ScaleOf(const WeightView& w, int64_t o, int64_t i) {
   return Bf16ToFloat(bits);
 }
 
+// The bf16 order of AMX: per 32 inputs and part of x, even and odd inputs are two chains, whose sum is added.
+float NaiveAmxBf16(const float* x, const float* weights, int64_t depth) {
+  float sum = 0.0f;
+  for (int64_t begin = 0; begin < depth; begin += 32) {
+    std::vector<float> rest(x + begin, x + std::min(begin + 32, depth));
+    for (int part = 0; part < 3; ++part) {
+      float chains[2] = {0.0f, 0.0f};
+      for (size_t i = 0; i < rest.size(); ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, &rest[i], 4);
+        const float value = Bf16ToFloat(static_cast<uint16_t>(bits >> 16));
+        chains[i % 2] = std::fma(value, weights[begin + static_cast<int64_t>(i)], chains[i % 2]);
+        rest[i] -= value;
+      }
+      sum += chains[0] + chains[1];
+    }
+  }
+  return sum;
+}
+
 // What panel_matmul.h promises for one output, step by step.
 float NaiveOutput(const float* x, const WeightView& w, const float* values, int64_t o, bool fused) {
   const float* weights = values + o * w.cols;
+  if (w.dtype == DType::kBf16Panels && AmxUsable()) return NaiveAmxBf16(x, weights, w.cols);
   float sum = 0.0f;
   if (w.dtype == DType::kBf16Panels) {
     for (int64_t i = 0; i < w.cols; ++i) sum = MulAdd(x[i], weights[i], sum, fused);
@@ -131,7 +153,7 @@ TEST_P(PanelMatMulTest, EqualsTheNaiveLoopBitForBitAtEveryEdge) {
         const Packed packed = Pack(source.view, GetParam());
         std::vector<float> values(outs * depth);
         UnpackPanels(packed.view, values.data());
-        const int64_t rows = 3;
+        const int64_t rows = AmxUsable() ? 17 : 3;  // AMX takes quantised weights from 9 rows on
         const std::vector<float> x = RandomRows(rows, depth, depth);
         const std::vector<float> out = Multiply(pool, x, rows, packed.view);
         for (int64_t r = 0; r < rows; ++r) {

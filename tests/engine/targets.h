@@ -3,14 +3,16 @@
 
 #include <cstdint>
 
+#include "engine/cpu/amx_matmul.h"
 #include "gtest/gtest.h"
 #include "hwy/targets.h"
 
 namespace minitron::engine {
 
-// Calls test(target) with each Highway target chosen in turn.
+// Calls test(target) with each Highway target chosen in turn, without AMX, and once more with AMX where there is one.
 template <typename Test>
 void ForEachTarget(const Test& test) {
+  cpu::AllowAmx(false);
   hwy::SetSupportedTargetsForTest(0);
   const int64_t supported = hwy::SupportedTargets() & HWY_TARGETS;
   int num_targets = 0;
@@ -25,6 +27,11 @@ void ForEachTarget(const Test& test) {
   }
   hwy::SetSupportedTargetsForTest(0);
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  cpu::AllowAmx(true);
+  if (cpu::AmxUsable() && !testing::Test::HasFatalFailure()) {
+    SCOPED_TRACE("AMX");
+    test(hwy::SupportedTargets() & HWY_AVX3_DL);
+  }
   EXPECT_GE(num_targets, 1);
 }
 

@@ -28,22 +28,8 @@ RUN cmake --preset release --log-level=WARNING -DMINITRON_TESTS=OFF -DMINITRON_C
  && cmake --build --preset release --target minitron-server minitron \
  && deploy/image/assemble.sh build/release/bin /rootfs /usr/local/cuda/lib64/libcublasLt.so.[0-9][0-9]
 
-FROM scratch AS cuda
-ARG VERSION=0.1.0
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="minitron-server" \
-      org.opencontainers.image.description="gRPC inference server for Nemotron-architecture language models, for NVIDIA GPUs" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
-COPY --from=build-cuda /rootfs /
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-USER 65532:65532
-EXPOSE 50051 9090
-STOPSIGNAL SIGTERM
-ENTRYPOINT ["/usr/bin/minitron-server"]
-
-FROM scratch AS cpu
+# What both images are, but for their files.
+FROM scratch AS image
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="minitron-server" \
@@ -51,8 +37,14 @@ LABEL org.opencontainers.image.title="minitron-server" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-COPY --from=build /rootfs /
 USER 65532:65532
 EXPOSE 50051 9090
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["/usr/bin/minitron-server"]
+
+FROM image AS cuda
+COPY --from=build-cuda /rootfs /
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+FROM image AS cpu
+COPY --from=build /rootfs /

@@ -64,7 +64,8 @@ run /bin/sh -c : 2>"$log" && fail "ran a shell"
 run /usr/bin/minitron-server --metrics-port=0 --port=0 --port-file=/tmp/ports 2>"$log" && fail "wrote to /tmp"
 grep -q -- '--port-file=/tmp/ports: cannot be written' "$log" || { cat "$log" >&2; fail "ended for another reason"; }
 if [ "$target" = cuda ]; then
-  # cublasLt is opened at run time: the loader must find all that it needs. The driver's library comes from the host. Without a GPU the server says so, and serves on the CPU when it may.
+  # cublasLt is opened at run time: the loader must find all that it needs. The driver's library comes from the host. Without
+  # a GPU the server says so, and serves on the CPU when it may.
   cublas=$(cd "$root" && ls usr/local/cuda/lib64/libcublasLt.so.*)
   run /lib64/ld-linux-x86-64.so.2 --list "/$cublas" >"$log" && ! grep -q 'not found' "$log" || { cat "$log" >&2; fail "cannot open $cublas"; }
   run /usr/bin/minitron-server --metrics-port=0 --port=0 --backend=cuda 2>"$log" && fail "found a GPU"

@@ -48,6 +48,7 @@ inline constexpr IntLimit kTenantBytes{"x-minitron-tenant", 0, 64};
 inline constexpr IntLimit kModelNameBytes{"model", 0, 256};
 inline constexpr IntLimit kRegexBytes{"constraint.regex", 1, 4096};
 inline constexpr IntLimit kJsonSchemaBytes{"constraint.json_schema", 1, 65536};
+inline constexpr IntLimit kGrammarBytes{"constraint.grammar", 1, 65536};
 inline constexpr IntLimit kChoices{"constraint.choices", 1, 256};
 inline constexpr IntLimit kChoiceBytes{"constraint.choices", 1, 1024};
 inline constexpr IntLimit kFirstTokenTimeoutNs{"first_token_timeout", 1, int64_t{86400} * 1000000000};

@@ -270,8 +270,11 @@ absl::Status ReadConstraint(const v1::GenerationTask& task, const ServedModel& m
     case v1::OutputConstraint::kJsonObject:
       if (!constraint.json_object()) return FieldError("constraint.json_object", "false means nothing; leave it out");
       break;
+    case v1::OutputConstraint::kGrammar:
+      RETURN_IF_ERROR(CheckCount(limits::kGrammarBytes, static_cast<int64_t>(constraint.grammar().size()), "bytes"));
+      break;
     case v1::OutputConstraint::KIND_NOT_SET:
-      return FieldError(kField, "none of regex, json_schema, choices and json_object is set");
+      return FieldError(kField, "none of regex, json_schema, choices, json_object and grammar is set");
   }
   ASSIGN_OR_RETURN(params.constraint, model.constraints->Compile(constraint));
   return absl::OkStatus();

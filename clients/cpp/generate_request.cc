@@ -90,9 +90,10 @@ void SetStopping(const Arguments& arguments, Setter* setter, v1::StoppingConfig*
 void SetConstraint(const Arguments& arguments, Setter* setter, v1::GenerationTask* task) {
   const bool has_choices = !arguments.All("choice").empty();
   const int num_kinds = static_cast<int>(arguments.Has("regex")) + static_cast<int>(arguments.Has("json-schema")) +
-                        static_cast<int>(arguments.Has("json-object")) + static_cast<int>(has_choices);
+                        static_cast<int>(arguments.Has("json-object")) + static_cast<int>(arguments.Has("grammar")) +
+                        static_cast<int>(has_choices);
   if (num_kinds == 0) return;
-  if (num_kinds > 1) return setter->Refuse("give one of --regex, --json-schema, --json-object and --choice");
+  if (num_kinds > 1) return setter->Refuse("give one of --regex, --json-schema, --json-object, --grammar and --choice");
   v1::OutputConstraint* const constraint = task->mutable_constraint();
   const auto text = [&](const char* name, const std::string& value) {
     if (!IsUtf8(value)) setter->Complain(name, "valid UTF-8");
@@ -100,6 +101,7 @@ void SetConstraint(const Arguments& arguments, Setter* setter, v1::GenerationTas
   };
   if (arguments.Has("regex")) constraint->set_regex(text("regex", arguments.Get("regex")));
   if (arguments.Has("json-schema")) constraint->set_json_schema(text("json-schema", arguments.Get("json-schema")));
+  if (arguments.Has("grammar")) constraint->set_grammar(text("grammar", arguments.Get("grammar")));
   if (arguments.Has("json-object")) constraint->set_json_object(true);
   for (const std::string& choice : arguments.All("choice")) {
     constraint->mutable_choices()->add_options(text("choice", choice));
@@ -146,6 +148,7 @@ std::vector<OptionSpec> GenerateOptions() {
       {"n", "N", "number of completions, in [1, 16]"},
       {"regex", "EXPR", "the output matches this regular expression"},
       {"json-schema", "TEXT", "the output is JSON of this schema"},
+      {"grammar", "TEXT", "the output is what rule root of this grammar (GBNF) derives"},
       {"json-object", "", "the output is a JSON object"},
       {"choice", "TEXT", "the output is this text, or another one given so (repeatable)"},
       {"logprobs", "N", "log-probabilities of each token and N alternatives, as a table on stderr"},

@@ -35,6 +35,13 @@ absl::Status ReadRegex(const std::string& field, const JsonValue& value, v1::Gen
   return absl::OkStatus();
 }
 
+absl::Status ReadGrammar(const std::string& field, const JsonValue& value, v1::GenerationTask& task) {
+  ASSIGN_OR_RETURN(const std::string grammar, ReadString(field, value));
+  ASSIGN_OR_RETURN(v1::OutputConstraint* const constraint, Constrain(field, task));
+  constraint->set_grammar(grammar);
+  return absl::OkStatus();
+}
+
 absl::Status ReadChoice(const std::string& field, const JsonValue& value, v1::GenerationTask& task) {
   ASSIGN_OR_RETURN(const std::vector<std::string> options, ReadStrings(field, value));
   ASSIGN_OR_RETURN(v1::OutputConstraint* const constraint, Constrain(field, task));
@@ -78,6 +85,8 @@ absl::Status ReadStructuredOutputs(const std::string&, const JsonValue& value, v
       RETURN_IF_ERROR(ReadSchema(field, item, task));
     } else if (value.keys[i] == "regex") {
       RETURN_IF_ERROR(ReadRegex(field, item, task));
+    } else if (value.keys[i] == "grammar") {
+      RETURN_IF_ERROR(ReadGrammar(field, item, task));
     } else if (value.keys[i] == "choice") {
       RETURN_IF_ERROR(ReadChoice(field, item, task));
     } else if (value.keys[i] == "json_object") {
@@ -97,6 +106,7 @@ absl::StatusOr<bool> ReadConstraintField(const std::string& key, const JsonValue
                                                                 {"structured_outputs", ReadStructuredOutputs},
                                                                 {"guided_json", ReadSchema},
                                                                 {"guided_regex", ReadRegex},
+                                                                {"guided_grammar", ReadGrammar},
                                                                 {"guided_choice", ReadChoice}};
   for (const auto& [name, read] : kReaders) {
     if (key != name) continue;

@@ -1,5 +1,5 @@
 // What JSON protocols say of the form of the output, read into the native constraint: OpenAI's response_format, and
-// vLLM's guided_json, guided_regex and guided_choice, also inside structured_outputs. Pure.
+// vLLM's guided_json, guided_regex, guided_grammar and guided_choice, also inside structured_outputs. Pure.
 #pragma once
 
 #include <minitron/v1/generation.pb.h>

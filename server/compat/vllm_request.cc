@@ -53,7 +53,8 @@ absl::Status ReadConstraint(const ::vllm::DecodingParameters& decoding, v1::Gene
       if (decoding.json_object()) task.mutable_constraint()->set_json_object(true);
       break;
     case Decoding::kGrammar:
-      return Unsupported("decoding.grammar");
+      task.mutable_constraint()->set_grammar(decoding.grammar());
+      break;
     case Decoding::kStructuralTag:
       return Unsupported("decoding.structural_tag");
   }
@@ -143,7 +144,8 @@ absl::Status ReadConstraint(const SamplingParams& params, v1::GenerationTask& ta
       if (params.json_object()) task.mutable_constraint()->set_json_object(true);
       break;
     case SamplingParams::kGrammar:
-      return Unsupported("sampling_params.grammar");
+      task.mutable_constraint()->set_grammar(params.grammar());
+      break;
     case SamplingParams::kStructuralTag:
       return Unsupported("sampling_params.structural_tag");
   }

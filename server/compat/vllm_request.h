@@ -29,7 +29,7 @@ struct VllmTask {
 };
 
 // `fresh_salt` is a name nobody else has: what a request that bypasses the prefix cache shares it with.
-// Error: INVALID_ARGUMENT for what this server cannot do (grammars, media, LoRA, KV transfer), by field.
+// Error: INVALID_ARGUMENT for what this server cannot do (structural tags, media, LoRA, KV transfer), by field.
 absl::StatusOr<VllmTask> ReadVllmRequest(const ::vllm::GenerateRequest& request, const std::string& fresh_salt);
 
 // `max_context_tokens` is the model's. Errors: likewise.

@@ -22,8 +22,13 @@ class Nfa {
     unsigned char last;
     int target;
   };
+  struct Call {
+    int rule;
+    int target;
+  };
   struct State {
     std::vector<Edge> edges;
+    std::vector<Call> calls;
     std::vector<int> epsilon;
   };
 
@@ -52,6 +57,11 @@ class Nfa {
         return AddRepeat(pattern, from);
       case Pattern::Kind::kSeparated:
         return AddSeparated(pattern, from);
+      case Pattern::Kind::kRule: {
+        ASSIGN_OR_RETURN(const int to, NewState());
+        states_[from].calls.push_back({pattern.rule(), to});
+        return to;
+      }
     }
     return absl::InternalError("unknown pattern");
   }
@@ -63,6 +73,7 @@ class Nfa {
   }
   const State& state(int id) const { return states_[id]; }
   int num_states() const { return static_cast<int>(states_.size()); }
+  int64_t num_added() const { return num_added_; }
 
  private:
   absl::StatusOr<int> Step(int from, unsigned char first, unsigned char last) {
@@ -200,7 +211,9 @@ class Determinizer {
 
   using Subset = std::vector<int>;
 
-  absl::Status Run(int entry, std::vector<std::array<uint32_t, 256>>& next, std::vector<bool>& is_end) {
+  absl::Status Run(int entry, std::vector<std::array<uint32_t, 256>>& next, std::vector<bool>& is_end,
+                   std::vector<std::vector<ByteAutomaton::Call>>& calls) {
+    calls.assign(1, {});
     next.assign(1, {});  // kDead: the empty set
     is_end.assign(1, false);
     ids_[{}] = ByteAutomaton::kDead;
@@ -226,12 +239,28 @@ class Determinizer {
         }
         next[i + 1][byte] = id;
       }
+      calls.emplace_back();
+      for (auto& [rule, target] : CalledFrom(subset)) {
+        ASSIGN_OR_RETURN(id, IdOf(std::move(target), next, is_end));
+        calls[i + 1].push_back({rule, id});
+      }
       if (work_ > limits_.max_work) return TooBig("steps to compile", limits_.max_work);
     }
     return absl::OkStatus();
   }
 
+  int64_t work() const { return work_; }
+
  private:
+  std::map<int, Subset> CalledFrom(const Subset& subset) {
+    std::map<int, Subset> targets;
+    for (const int state : subset) {
+      for (const Nfa::Call& call : nfa_.state(state).calls) targets[call.rule].push_back(call.target);
+      work_ += static_cast<int64_t>(nfa_.state(state).calls.size());
+    }
+    return targets;
+  }
+
   Subset Close(Subset pending) {
     ++round_;
     Subset closed;
@@ -241,7 +270,8 @@ class Determinizer {
       if (seen_[state] == round_) continue;
       seen_[state] = round_;
       ++work_;
-      if (!nfa_.state(state).edges.empty() || state == exit_) closed.push_back(state);
+      const Nfa::State& found = nfa_.state(state);
+      if (!found.edges.empty() || !found.calls.empty() || state == exit_) closed.push_back(state);
       const auto& epsilon = nfa_.state(state).epsilon;
       pending.insert(pending.end(), epsilon.begin(), epsilon.end());
     }
@@ -278,14 +308,18 @@ absl::StatusOr<ByteAutomaton> ByteAutomaton::Compile(const Pattern& pattern, con
   ASSIGN_OR_RETURN(const int entry, nfa.NewState());
   ASSIGN_OR_RETURN(const int exit, nfa.Add(pattern, entry));
   ByteAutomaton automaton;
-  RETURN_IF_ERROR(Determinizer(nfa, exit, limits).Run(entry, automaton.next_, automaton.is_end_));
+  Determinizer determinizer(nfa, exit, limits);
+  RETURN_IF_ERROR(determinizer.Run(entry, automaton.next_, automaton.is_end_, automaton.calls_));
+  automaton.work_ = determinizer.work() + nfa.num_added();
   if (automaton.next_.size() <= kStart) return absl::InvalidArgumentError("nothing can match");
   // A state from which no end can be reached is as good as dead.
   std::vector<std::vector<State>> sources(automaton.next_.size());
   for (State state = kStart; state < automaton.next_.size(); ++state) {
-    for (const State target : automaton.next_[state]) {
+    const auto add = [&sources, state](State target) {
       if (sources[target].empty() || sources[target].back() != state) sources[target].push_back(state);
-    }
+    };
+    for (const State target : automaton.next_[state]) add(target);
+    for (const Call& call : automaton.calls_[state]) add(call.target);
   }
   std::vector<bool> is_alive = automaton.is_end_;
   std::vector<State> pending;
@@ -306,6 +340,9 @@ absl::StatusOr<ByteAutomaton> ByteAutomaton::Compile(const Pattern& pattern, con
     for (State& target : row) {
       if (!is_alive[target]) target = kDead;
     }
+  }
+  for (auto& calls : automaton.calls_) {
+    std::erase_if(calls, [&is_alive](const Call& call) { return !is_alive[call.target]; });
   }
   return automaton;
 }

@@ -4,6 +4,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/base/status_macros.h"
+#include "server/constraint/grammar_automaton.h"
+#include "server/constraint/grammar_parser.h"
+#include "server/constraint/grammar_rules.h"
 #include "server/constraint/json_schema.h"
 #include "server/constraint/regex_parser.h"
 #include "server/grpc_status.h"
@@ -26,6 +29,7 @@ absl::StatusOr<Pattern> MakePattern(const v1::OutputConstraint& constraint) {
     }
     case v1::OutputConstraint::kJsonObject:
       return AnyJsonObject();
+    case v1::OutputConstraint::kGrammar:  // not regular
     case v1::OutputConstraint::KIND_NOT_SET:
       break;
   }
@@ -40,6 +44,8 @@ const char* FieldName(const v1::OutputConstraint& constraint) {
       return "constraint.json_schema";
     case v1::OutputConstraint::kChoices:
       return "constraint.choices";
+    case v1::OutputConstraint::kGrammar:
+      return "constraint.grammar";
     default:
       return "constraint";
   }
@@ -47,35 +53,45 @@ const char* FieldName(const v1::OutputConstraint& constraint) {
 
 }  // namespace
 
-std::shared_ptr<const TokenAutomaton> ConstraintCompiler::Find(const std::string& key) const {
+std::shared_ptr<const CompiledConstraint> ConstraintCompiler::Find(const std::string& key) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = std::find_if(kept_.begin(), kept_.end(), [&key](const Kept& kept) { return kept.key == key; });
   if (found == kept_.end()) return nullptr;
   kept_.splice(kept_.begin(), kept_, found);
-  return kept_.front().automaton;
+  return kept_.front().compiled;
 }
 
-void ConstraintCompiler::Keep(std::string key, std::shared_ptr<const TokenAutomaton> automaton) const {
+void ConstraintCompiler::Keep(std::string key, std::shared_ptr<const CompiledConstraint> compiled) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  kept_.push_front({std::move(key), std::move(automaton)});
+  kept_.push_front({std::move(key), std::move(compiled)});
   int64_t num_bytes = 0;
   for (auto kept = kept_.begin(); kept != kept_.end();) {
-    num_bytes += kept->automaton->num_bytes();
+    num_bytes += kept->compiled->num_bytes();
     kept = num_bytes > kMaxKeptBytes && kept != kept_.begin() ? kept_.erase(kept) : std::next(kept);
   }
 }
 
-absl::StatusOr<std::shared_ptr<const TokenAutomaton>> ConstraintCompiler::Compile(
+absl::StatusOr<std::shared_ptr<const CompiledConstraint>> ConstraintCompiler::CompileAnew(
+    const v1::OutputConstraint& constraint) const {
+  const auto vocabulary = [this]() -> const Vocabulary& {
+    std::call_once(vocabulary_once_, [this] { vocabulary_.emplace(*tokenizer_, end_tokens_); });
+    return *vocabulary_;
+  };
+  if (constraint.kind_case() == v1::OutputConstraint::kGrammar) {
+    ASSIGN_OR_RETURN(const Grammar grammar, ParseGrammar(constraint.grammar()));
+    ASSIGN_OR_RETURN(const GrammarRules rules, ReduceGrammar(grammar));
+    return GrammarAutomaton::Make(rules, vocabulary(), {}, {});
+  }
+  ASSIGN_OR_RETURN(const Pattern pattern, MakePattern(constraint));
+  ASSIGN_OR_RETURN(ByteAutomaton bytes, ByteAutomaton::Compile(pattern, {}));
+  return TokenAutomaton::Make(std::move(bytes), vocabulary(), {});
+}
+
+absl::StatusOr<std::shared_ptr<const CompiledConstraint>> ConstraintCompiler::Compile(
     const v1::OutputConstraint& constraint) const {
   std::string key = constraint.SerializeAsString();
   if (auto kept = Find(key); kept != nullptr) return kept;
-  const auto compile = [&]() -> absl::StatusOr<std::shared_ptr<const TokenAutomaton>> {
-    ASSIGN_OR_RETURN(const Pattern pattern, MakePattern(constraint));
-    ASSIGN_OR_RETURN(ByteAutomaton bytes, ByteAutomaton::Compile(pattern, {}));
-    std::call_once(vocabulary_once_, [this] { vocabulary_.emplace(*tokenizer_, end_tokens_); });
-    return TokenAutomaton::Make(std::move(bytes), *vocabulary_, {});
-  };
-  absl::StatusOr<std::shared_ptr<const TokenAutomaton>> compiled = compile();
+  absl::StatusOr<std::shared_ptr<const CompiledConstraint>> compiled = CompileAnew(constraint);
   if (compiled.ok()) {
     Keep(std::move(key), *compiled);
   } else if (absl::IsUnimplemented(compiled.status())) {

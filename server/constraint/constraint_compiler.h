@@ -1,4 +1,4 @@
-// ConstraintCompiler: from a request's constraint to the automaton the sampler walks. On the thread of the call, never
+// ConstraintCompiler: from a request's constraint to what the sampler walks. On the thread of the call, never
 // the engine's; what was compiled last is kept, because clients send the same schema again and again.
 #pragma once
 
@@ -25,15 +25,16 @@ class ConstraintCompiler {
 
   // Any thread. At most about half a second, by limits on states, steps and bytes. Lengths are checked by the caller.
   // Errors: INVALID_ARGUMENT with the field, the place and the limit; UNIMPLEMENTED as TokenAutomaton::Make.
-  absl::StatusOr<std::shared_ptr<const TokenAutomaton>> Compile(const v1::OutputConstraint& constraint) const;
+  absl::StatusOr<std::shared_ptr<const CompiledConstraint>> Compile(const v1::OutputConstraint& constraint) const;
 
  private:
+  absl::StatusOr<std::shared_ptr<const CompiledConstraint>> CompileAnew(const v1::OutputConstraint& constraint) const;
   struct Kept {
     std::string key;
-    std::shared_ptr<const TokenAutomaton> automaton;
+    std::shared_ptr<const CompiledConstraint> compiled;
   };
-  std::shared_ptr<const TokenAutomaton> Find(const std::string& key) const;
-  void Keep(std::string key, std::shared_ptr<const TokenAutomaton> automaton) const;
+  std::shared_ptr<const CompiledConstraint> Find(const std::string& key) const;
+  void Keep(std::string key, std::shared_ptr<const CompiledConstraint> compiled) const;
 
   const Tokenizer* tokenizer_;  // owned by main
   const std::vector<TokenId> end_tokens_;

@@ -32,6 +32,8 @@ Pattern Pattern::Alternate(std::vector<Pattern> parts) {
   return Pattern({.kind = Kind::kAlternate, .parts = std::move(parts)});
 }
 
+Pattern Pattern::Rule(int rule) { return Pattern({.kind = Kind::kRule, .rule = rule}); }
+
 Pattern Pattern::Repeat(Pattern part, int min, int max) {
   return Pattern({.kind = Kind::kRepeat, .parts = {std::move(part)}, .min = min, .max = max});
 }

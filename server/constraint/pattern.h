@@ -1,5 +1,6 @@
 // Pattern: a regular language over bytes, built up from smaller ones. What a regular expression or a JSON schema is
-// turned into before it becomes an automaton. Values share their parts; immutable.
+// turned into before it becomes an automaton. With names of rules in it, a part of a context-free one. Values share
+// their parts; immutable.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,7 @@ CharRanges Complement(CharRanges ranges);
 
 class Pattern {
  public:
-  enum class Kind { kBytes, kChars, kConcat, kAlternate, kRepeat, kSeparated };
+  enum class Kind { kBytes, kChars, kConcat, kAlternate, kRepeat, kSeparated, kRule };
   static constexpr int kUnbounded = -1;
 
   static Pattern Empty() { return Bytes(""); }
@@ -29,6 +30,8 @@ class Pattern {
   static Pattern Chars(CharRanges ranges);
   static Pattern Concat(std::vector<Pattern> parts);
   static Pattern Alternate(std::vector<Pattern> parts);  // no part: nothing matches
+  // What the rule of this number derives.
+  static Pattern Rule(int rule);
   static Pattern Repeat(Pattern part, int min, int max);
   static Pattern Optional(Pattern part) { return Repeat(std::move(part), 0, 1); }
   // The parts in this order with `separator` between those that are there; any that is not required may be left out.
@@ -41,6 +44,7 @@ class Pattern {
   const std::vector<bool>& required() const { return node_->required; }  // kSeparated; its last part is the separator
   int min() const { return node_->min; }
   int max() const { return node_->max; }
+  int rule() const { return node_->rule; }
 
  private:
   struct Node {
@@ -51,6 +55,7 @@ class Pattern {
     std::vector<bool> required = {};
     int min = 0;
     int max = 0;
+    int rule = 0;
   };
   explicit Pattern(Node node) : node_(std::make_shared<const Node>(std::move(node))) {}
 

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/base/check.h"
+#include "engine/base/status_macros.h"
 
 namespace minitron::server::constraint {
 
@@ -42,12 +43,15 @@ Vocabulary::Vocabulary(const Tokenizer& tokenizer, std::vector<TokenId> end_toke
   for (const uint32_t node : path) nodes_[node].after = static_cast<uint32_t>(nodes_.size());
 }
 
+absl::Status Vocabulary::CheckUsable() const {
+  if (has_all_bytes_ && !end_tokens_.empty()) return absl::OkStatus();
+  return absl::UnimplementedError("the model's tokenizer lacks a token for some byte, or an end token");
+}
+
 absl::StatusOr<std::shared_ptr<const TokenAutomaton>> TokenAutomaton::Make(ByteAutomaton bytes,
                                                                            const Vocabulary& vocabulary,
                                                                            const TokenAutomatonLimits& limits) {
-  if (!vocabulary.has_all_bytes() || vocabulary.end_tokens().empty()) {
-    return absl::UnimplementedError("the model's tokenizer lacks a token for some byte, or an end token");
-  }
+  RETURN_IF_ERROR(vocabulary.CheckUsable());
   std::shared_ptr<TokenAutomaton> result(new TokenAutomaton(std::move(bytes), vocabulary));
   std::map<std::vector<uint64_t>, uint32_t> known;
   int64_t num_bytes = 0;

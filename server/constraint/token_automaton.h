@@ -30,8 +30,8 @@ class Vocabulary {
   const std::string& bytes(TokenId id) const { return bytes_[id]; }
   const std::vector<TokenId>& end_tokens() const { return end_tokens_; }
   int size() const { return static_cast<int>(bytes_.size()); }
-  // Whether each byte is a token of its own, so that any text can be written.
-  bool has_all_bytes() const { return has_all_bytes_; }
+  // UNIMPLEMENTED unless each byte is a token of its own, so that any text can be written, and a text can end.
+  absl::Status CheckUsable() const;
 
  private:
   std::vector<std::string> bytes_;  // by id; empty: never generated under a constraint
@@ -46,7 +46,13 @@ struct TokenAutomatonLimits {
   int64_t max_bytes = 64ll << 20;  // of sets of allowed tokens
 };
 
-class TokenAutomaton final : public engine::TokenConstraint {
+// What the compiler makes and keeps.
+class CompiledConstraint : public engine::TokenConstraint {
+ public:
+  virtual int64_t num_bytes() const = 0;
+};
+
+class TokenAutomaton final : public CompiledConstraint {
  public:
   // Errors: RESOURCE_EXHAUSTED (names the limit), UNIMPLEMENTED (a vocabulary that cannot write every text).
   // `vocabulary` must outlive the result.
@@ -61,7 +67,7 @@ class TokenAutomaton final : public engine::TokenConstraint {
   State Advance(State state, TokenId token) const;
   absl::Span<const uint64_t> Allowed(State state) const { return sets_[set_of_state_[state]]; }
 
-  int64_t num_bytes() const;
+  int64_t num_bytes() const override;
 
  private:
   TokenAutomaton(ByteAutomaton bytes, const Vocabulary& vocabulary)

@@ -261,6 +261,12 @@ TEST_F(RequestBuilderTest, AConstraintIsCompiledOrRefused) {
   ExpectRefused("constraint.regex");
   constraint.set_json_schema("");
   ExpectRefused("constraint.json_schema");
+  constraint.set_grammar("");
+  ExpectRefused("constraint.grammar");
+  constraint.set_grammar(std::string(65537, '#'));
+  ExpectRefused("constraint.grammar");
+  constraint.set_grammar("root ::= \"(\" root \")\" | [a-z]");
+  ExpectAccepted();
   constraint.set_json_object(false);
   ExpectRefused("constraint.json_object");
   constraint.mutable_choices();

@@ -46,6 +46,7 @@ class GenerateArguments(TypedDict, total=False):
     json_schema: str | Mapping[str, Any] | None
     choices: Sequence[str] | None
     json_object: bool | None
+    grammar: str | None
 
 
 class ScoreArguments(TypedDict, total=False):
@@ -68,6 +69,8 @@ class TokenizeArguments(TypedDict, total=False):
     parse_special: bool | None
 
 
+_CONSTRAINTS = ("regex", "json_schema", "choices", "json_object", "grammar")
+
 # Where each argument goes: sub-message ("" for the task itself) and field.
 _FIELDS = {
     "model": ("", "model"), "request_id": ("", "request_id"), "priority": ("", "priority"),
@@ -79,7 +82,7 @@ _FIELDS = {
     **{name: ("stopping", name) for name in ("max_tokens", "min_tokens", "stop_token_ids", "ignore_eos")},
     "stop": ("stopping", "stop_sequences"), "include_stop": ("stopping", "include_stop_sequence"),
     **{name: ("output", name) for name in ("token_ids", "logprobs", "prompt_logprobs", "skip_special_tokens")},
-    **{name: ("constraint", name) for name in ("regex", "json_schema", "choices", "json_object")},
+    **{name: ("constraint", name) for name in _CONSTRAINTS},
     "add_bos": ("tokenize_options", "add_bos"), "parse_special": ("tokenize_options", "parse_special"),
 }
 
@@ -92,8 +95,8 @@ def generation_task(prompt: Text, arguments: GenerateArguments) -> pb.Generation
     else:
         task.token_ids.SetInParent()
         task.token_ids.ids.extend(prompt)
-    if sum(arguments.get(name) is not None for name in ("regex", "json_schema", "choices", "json_object")) > 1:
-        raise TypeError("only one of regex, json_schema, choices and json_object can be given")
+    if sum(arguments.get(name) is not None for name in _CONSTRAINTS) > 1:
+        raise TypeError("only one of regex, json_schema, choices, json_object and grammar can be given")
     for name, value in arguments.items():
         if name == "first_token_timeout":
             if value is not None:

@@ -105,7 +105,7 @@ class CompletionsTest(HttpTestCase):
             extra_body={"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}})
         self.assertIn(json.loads(answer.choices[0].text)["n"], range(10))
         self.assertEqual(answer.choices[0].finish_reason, "stop")
-        for extra in ({"guided_choice": ["yes", "no"]}, {"guided_regex": "yes|no"},
+        for extra in ({"guided_choice": ["yes", "no"]}, {"guided_grammar": 'root ::= "yes" | "no"'}, {"guided_regex": "yes|no"},
                       {"structured_outputs": {"choice": ["no", "yes"]}}, {"guided_json": {"enum": ["yes", "no"]}}):
             text = self.client.completions.create(model=MODEL, prompt=PROMPT, extra_body=extra).choices[0].text
             self.assertIn(text.strip('"'), ("yes", "no"))

@@ -123,6 +123,7 @@ class VllmEngineTest(server_fixture.ServerTestCase):
             for constraint, matches in (
                     ({"regex": "[a-f]{3}-[0-9]{2}"}, lambda text: re.fullmatch("[a-f]{3}-[0-9]{2}", text)),
                     ({"choice": {"choices": ["yes", "no, never"]}}, lambda text: text in ("yes", "no, never")),
+                    ({"grammar": 'root ::= "(" root ")" | [0-9]'}, lambda text: re.fullmatch(r"\(*[0-9]\)*", text)),
                     ({"json_schema": schema}, lambda text: isinstance(json.loads(text)["n"], int))):
                 [answer] = self.generate(PROMPTS[0], 60, False, seed=seed, temperature=1.5, **constraint)
                 self.assertEqual(answer.complete.finish_reason, "stop")

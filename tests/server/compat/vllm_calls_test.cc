@@ -165,9 +165,6 @@ TEST_F(VllmCallsTest, WhatIsNotHereIsRefusedByName) {
   ::vllm::GenerateRequest allowed = Request(1);
   allowed.mutable_decoding()->add_allowed_token_ids(1);
   expect(allowed, "decoding.allowed_token_ids");
-  ::vllm::GenerateRequest grammar = Request(1);
-  grammar.mutable_decoding()->set_grammar("a");
-  expect(grammar, "decoding.grammar");
   ::vllm::GenerateRequest all = Request(1);
   all.mutable_response()->mutable_output_candidates()->set_all(true);
   expect(all, "response.output_candidates.all");
@@ -310,6 +307,7 @@ TEST(VllmRequestTest, StructuredOutputBecomesAConstraint) {
   EXPECT_EQ(ConstraintOf([](auto& d) { d.set_regex("a+"); }, [](auto& p) { p.set_regex("a+"); }).regex(), "a+");
   EXPECT_EQ(ConstraintOf([](auto& d) { d.set_json("{}"); }, [](auto& p) { p.set_json_schema("{}"); }).json_schema(),
             "{}");
+  EXPECT_EQ(ConstraintOf([](auto& d) { d.set_grammar("g"); }, [](auto& p) { p.set_grammar("g"); }).grammar(), "g");
   const v1::OutputConstraint choice = ConstraintOf([](auto& d) { d.mutable_choice()->add_choices("yes"); },
                                                    [](auto& p) { p.mutable_choice()->add_choices("yes"); });
   EXPECT_EQ(choice.choices().options(0), "yes");

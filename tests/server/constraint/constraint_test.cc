@@ -179,10 +179,12 @@ class CompilerTest : public ::testing::Test {
     tokenizer_ = *std::move(loaded);
     compiler_ = std::make_unique<ConstraintCompiler>(tokenizer_.get(), std::vector<TokenId>{3});
   }
-  auto Compile(const std::string& regex) const {
+  absl::StatusOr<std::shared_ptr<const TokenAutomaton>> Compile(const std::string& regex) const {
     v1::OutputConstraint constraint;
     constraint.set_regex(regex);
-    return compiler_->Compile(constraint);
+    auto compiled = compiler_->Compile(constraint);
+    if (!compiled.ok()) return compiled.status();
+    return std::static_pointer_cast<const TokenAutomaton>(*compiled);
   }
 
   std::unique_ptr<Tokenizer> tokenizer_;

@@ -87,9 +87,9 @@ mutants: deps-test
 	@tests/simulation/planted_bugs.py run --build build/release --table tests/simulation/README.md
 
 lint: deps-lint deps-test
-	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
-	@cmake --build --preset release -j $(JOBS) --target minitron_proto
-	@tests/lint.sh build/release $(JOBS)
+	@cmake --preset lint --log-level=WARNING
+	@cmake --build --preset lint -j $(JOBS) --target minitron_proto_headers
+	@tests/lint.sh build/lint $(JOBS)
 
 format: deps-lint
 	@git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs clang-format -i

@@ -45,6 +45,7 @@ struct WeightView {
   // kE4m3: [rows]; an element is its code's value times its row's scale.
   const float* scales = nullptr;
   int64_t size() const { return rows * cols; }
+  int64_t bytes() const { return size() * DTypeBytes(dtype); }  // requires: a type on disk
 };
 
 // A [rows, cols] matrix of T whose rows are `cols` apart.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Formatting, static analysis and shell syntax. Usage: tests/lint.sh BUILD_DIR JOBS  (BUILD_DIR has compile_commands.json)
+# Formatting, static analysis and shell syntax. Usage: tests/lint.sh BUILD_DIR JOBS  (BUILD_DIR is one of preset lint)
 # clang-tidy results are kept per file, keyed by the content of everything that could change them.
 set -euo pipefail
 
@@ -17,17 +17,17 @@ cache=build/tidy
 mkdir -p "$cache"
 shared_key=$(cat .clang-tidy $(git ls-files '*.h' '*.proto' '*CMakeLists.txt') | sha256sum | cut -c1-16)
 pending=()
-for file in $(git ls-files '*.cc' | grep -v '^tests/'); do
-  # Not built here, as the part that needs the CUDA toolkit where there is none: its headers are not there either.
-  grep -qF "/$file\"" "$build/compile_commands.json" || continue
-  key=$(sha256sum <"$file" | cut -c1-16)-$shared_key
-  [ -e "$cache/$key" ] || pending+=("$file:$key")
+# The product's translation units; most hold several files, so that the headers are read and matched once for all of them.
+for unit in $(sed -n 's/^ *"file": "\(.*\)",*$/\1/p' "$build/compile_commands.json" | grep -v /proto/); do
+  mapfile -t files < <(sed -n 's/^#include "\(.*\.cc\)"$/\1/p' "$unit")
+  key=$(cat "${files[@]:-$unit}" | sha256sum | cut -c1-16)-$shared_key
+  [ -e "$cache/$key" ] || pending+=("$unit:$key")
 done
 tidy_one() {
-  file=${1%%:*} key=${1##*:}
-  if ! output=$(clang-tidy --quiet --extra-arg=-Wno-unknown-warning-option -p "$build" "$file" 2>/dev/null); then
+  unit=${1%%:*} key=${1##*:}
+  if ! output=$(clang-tidy --quiet --extra-arg=-Wno-unknown-warning-option -p "$build" "$unit" 2>/dev/null); then
     printf '%s\n' "$output"
-    echo "lint: clang-tidy found problems in $file" >&2
+    echo "lint: clang-tidy found problems in $unit" >&2
     return 1
   fi
   touch "$cache/$key"

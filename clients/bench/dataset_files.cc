@@ -15,7 +15,7 @@ using Json = nlohmann::json;
 using Code = DatasetError::Code;
 
 constexpr uintmax_t kMaxFileBytes = uintmax_t{4} << 30;
-constexpr size_t kMaxLineBytes = 64u << 20;
+constexpr size_t kMaxRecordBytes = 64u << 20;
 constexpr uint64_t kMaxTokens = 1u << 20;
 constexpr double kMaxTimestampMs = 1e10;  // about four months
 
@@ -80,7 +80,8 @@ std::optional<DatasetError> ReadLines(const std::string& path, const DatasetOpti
   for (size_t number = 1; prompts->size() < options.count && std::getline(file, line); ++number) {
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
     const std::string place = absl::StrCat(path, ":", number);
-    if (line.size() > kMaxLineBytes) return DatasetError{Code::kTooLarge, absl::StrCat(place, ": longer than 64 MiB")};
+    if (line.size() > kMaxRecordBytes)
+      return DatasetError{Code::kTooLarge, absl::StrCat(place, ": longer than 64 MiB")};
     const Json record = Json::parse(line, nullptr, /*allow_exceptions=*/false);
     if (!record.is_object()) return DatasetError{Code::kBadJson, absl::StrCat(place, ": not a JSON object")};
     Prompt prompt;

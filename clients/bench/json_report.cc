@@ -9,9 +9,9 @@
 namespace minitron::bench {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 
-void AddDistribution(const std::string& name, const Distribution& distribution, Json* json) {
+void AddDistribution(const std::string& name, const Distribution& distribution, OrderedJson* json) {
   (*json)["mean_" + name + "_ms"] = distribution.mean;
   (*json)["median_" + name + "_ms"] = distribution.median;
   (*json)["std_" + name + "_ms"] = distribution.deviation;
@@ -20,9 +20,9 @@ void AddDistribution(const std::string& name, const Distribution& distribution, 
   }
 }
 
-void AddDetails(const RunResult& run, Json* json) {
+void AddDetails(const RunResult& run, OrderedJson* json) {
   for (const char* const key : {"input_lens", "output_lens", "ttfts", "itls", "start_times", "latencies", "errors"}) {
-    (*json)[key] = Json::array();
+    (*json)[key] = OrderedJson::array();
   }
   for (const CallRecord& record : run.records) {
     (*json)["input_lens"].push_back(record.prompt_tokens);
@@ -44,7 +44,7 @@ std::string Row(const std::string& name, const Distribution& distribution) {
 }  // namespace
 
 std::string JsonLine(const ReportContext& context, const RunResult& run, const Summary& summary) {
-  Json json;
+  OrderedJson json;
   json["date"] = context.date;
   json["endpoint_type"] = json["backend"] = context.protocol;
   json["label"] = run.label;
@@ -54,16 +54,16 @@ std::string JsonLine(const ReportContext& context, const RunResult& run, const S
   json["seed"] = context.seed;
   json["num_prompts"] = run.records.size();
   // vLLM writes "inf" when requests are not spaced in time.
-  json["request_rate"] = run.request_rate > 0 ? Json(run.request_rate) : Json("inf");
+  json["request_rate"] = run.request_rate > 0 ? OrderedJson(run.request_rate) : OrderedJson("inf");
   json["burstiness"] = run.burstiness;
-  json["max_concurrency"] = run.max_concurrency > 0 ? Json(run.max_concurrency) : Json();
+  json["max_concurrency"] = run.max_concurrency > 0 ? OrderedJson(run.max_concurrency) : OrderedJson();
   json["duration"] = run.duration_s;
   json["completed"] = summary.completed;
   json["failed"] = summary.failed;
   json["total_input_tokens"] = summary.input_tokens;
   json["total_output_tokens"] = summary.output_tokens;
   json["request_throughput"] = summary.request_throughput;
-  json["request_goodput"] = context.targets.any() ? Json(summary.goodput) : Json();
+  json["request_goodput"] = context.targets.any() ? OrderedJson(summary.goodput) : OrderedJson();
   json["output_throughput"] = summary.output_throughput;
   json["total_token_throughput"] = summary.total_throughput;
   json["max_output_tokens_per_s"] = summary.peak_output_per_s;
@@ -77,7 +77,7 @@ std::string JsonLine(const ReportContext& context, const RunResult& run, const S
   json["warnings"] = Warnings(run, summary);
   if (context.detailed) AddDetails(run, &json);
   // A server's message never gets here, but names of models and labels do, and need not be UTF-8.
-  return json.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
+  return json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
 }
 
 std::string TextReport(const ReportContext& context, const RunResult& run, const Summary& summary) {

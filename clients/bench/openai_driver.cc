@@ -15,7 +15,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr size_t kMaxLineBytes = 16u << 20;
+constexpr size_t kMaxEventBytes = 16u << 20;
 constexpr size_t kMaxErrorBytes = 4096;
 
 void ReadCount(const Json& usage, const char* key, uint32_t* count) {
@@ -68,7 +68,7 @@ size_t OnData(char* data, size_t size, size_t count, void* user) {
     if (data[i] == '\n') {
       call->OnLine();
       call->line.clear();
-    } else if (call->line.size() < kMaxLineBytes) {
+    } else if (call->line.size() < kMaxEventBytes) {
       call->line.push_back(data[i]);
     }
   }

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "engine/base/check.h"
-#include "engine/cpu/convert.h"
+#include "engine/convert.h"
 #include "engine/cpu/matmul.h"
 #include "engine/cpu/panel_matmul.h"
 

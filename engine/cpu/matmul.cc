@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "engine/base/check.h"
-#include "engine/cpu/convert.h"
+#include "engine/convert.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "engine/cpu/matmul.cc"

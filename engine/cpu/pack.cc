@@ -14,7 +14,7 @@
 #include <limits>
 
 #include "engine/base/check.h"
-#include "engine/cpu/convert.h"
+#include "engine/convert.h"
 #include "engine/cpu/panel_format.h"
 
 namespace minitron::engine::cpu {

@@ -26,8 +26,6 @@ bool IsPacked(const WeightView& source, Quantization quantization) {
   return quantization != Quantization::kOff || source.dtype == DType::kBf16;
 }
 
-int64_t SourceBytes(const WeightView& source) { return source.size() * DTypeBytes(source.dtype); }
-
 }  // namespace
 
 PackPlan::PackPlan(const NemotronWeights& source, Quantization quantization) {
@@ -63,7 +61,7 @@ void PackImage(const PackPlan& plan, const Checkpoint* checkpoint, ThreadPool& p
   const bool draw = show_progress && plan.num_bytes >= kPrefaultThresholdBytes && isatty(STDERR_FILENO) != 0;
   const auto will_need = [&](size_t i) {
     if (checkpoint == nullptr || i >= plan.matrices.size()) return;
-    checkpoint->WillNeed(plan.matrices[i].source.data, SourceBytes(plan.matrices[i].source));
+    checkpoint->WillNeed(plan.matrices[i].source.data, plan.matrices[i].source.bytes());
   };
   will_need(0);
   for (size_t i = 0; i < plan.matrices.size(); ++i) {
@@ -76,7 +74,7 @@ void PackImage(const PackPlan& plan, const Checkpoint* checkpoint, ThreadPool& p
         PackPanel(source, matrix.dtype, panel, image + matrix.offset + panel * panel_bytes);
       }
     });
-    if (checkpoint != nullptr) checkpoint->DoneWith(source.data, SourceBytes(source));
+    if (checkpoint != nullptr) checkpoint->DoneWith(source.data, source.bytes());
     if (!draw) continue;
     const int64_t done = matrix.offset + PackedBytes(matrix.dtype, source.rows, source.cols);
     std::fprintf(stderr, "\r%s%s", ProgressLine(done, plan.num_bytes).c_str(), done == plan.num_bytes ? "\n" : "");

@@ -46,8 +46,6 @@ absl::Status Failure(const std::string& path, const char* what) {
   return absl::UnavailableError(absl::StrCat(path, ": ", what, ": ", std::strerror(errno)));
 }
 
-int64_t SourceBytes(const WeightView& source) { return source.size() * DTypeBytes(source.dtype); }
-
 // What is to be packed to what: shapes, types, order, and of each matrix its first, middle and last bytes.
 uint64_t PlanHash(const PackPlan& plan) {
   uint64_t hash = kLayoutVersion;
@@ -55,7 +53,7 @@ uint64_t PlanHash(const PackPlan& plan) {
     const int64_t shape[] = {matrix.source.rows, matrix.source.cols, static_cast<int64_t>(matrix.source.dtype),
                              static_cast<int64_t>(matrix.dtype), matrix.offset};
     hash = HashBytes(shape, sizeof(shape), hash);
-    const int64_t bytes = SourceBytes(matrix.source);
+    const int64_t bytes = matrix.source.bytes();
     const int64_t sample = std::min(kSampleBytes, bytes);
     for (const int64_t at : {int64_t{0}, (bytes - sample) / 2, bytes - sample}) {
       hash = HashBytes(static_cast<const uint8_t*>(matrix.source.data) + at, sample, hash);
@@ -134,10 +132,10 @@ uint64_t PanelCache::ContentHash() {
   uint64_t hash = 0;
   for (const PackedMatrix& matrix : plan_.matrices) {
     const auto* bytes = static_cast<const uint8_t*>(matrix.source.data);
-    for (const uint64_t chunk : ChunkHashes(bytes, SourceBytes(matrix.source), pool_)) {
+    for (const uint64_t chunk : ChunkHashes(bytes, matrix.source.bytes(), pool_)) {
       hash = HashBytes(&chunk, sizeof(chunk), hash);
     }
-    checkpoint_.DoneWith(bytes, SourceBytes(matrix.source));
+    checkpoint_.DoneWith(bytes, matrix.source.bytes());
   }
   return hash;
 }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <cstring>
 #include <initializer_list>
 #include <thread>
@@ -13,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/base/check.h"
 #include "engine/base/status_macros.h"
+#include "engine/convert.h"
 
 namespace minitron::engine::cuda {
 namespace {
@@ -23,32 +23,6 @@ constexpr int64_t kStagingBytes = 16 << 20;  // large enough to reach the link's
 constexpr int kCopyThreads = 4;
 constexpr int kMaxQuantizeThreads = 16;
 
-float F16ToFloat(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t exponent = (bits >> 10) & 0x1Fu, mantissa = bits & 0x3FFu;
-  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
-    const float magnitude = static_cast<float>(mantissa) * 0x1.0p-24f;
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  const uint32_t wide_exponent = exponent == 0x1Fu ? 0xFFu : exponent + (127 - 15);
-  return std::bit_cast<float>(sign | wide_exponent << 23 | mantissa << 13);
-}
-
-uint16_t RoundToBf16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FFF;
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-float ElementAsFloat(const WeightView& weight, int64_t i) {
-  if (weight.dtype == DType::kE4m3) {
-    return E4m3Value(static_cast<const uint8_t*>(weight.data)[i]) * weight.scales[i / weight.cols];
-  }
-  if (weight.dtype == DType::kF32) return static_cast<const float*>(weight.data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(weight.data)[i];
-  return weight.dtype == DType::kF16 ? F16ToFloat(bits) : std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
-}
-
 }  // namespace
 
 WeightFormat FormatOf(DType type) {
@@ -58,16 +32,25 @@ WeightFormat FormatOf(DType type) {
                                      : WeightFormat::kE4m3;
 }
 
+void ConvertToFloat(const WeightView& weight, int64_t first, int64_t count, float* out) {
+  if (weight.dtype != DType::kE4m3) {
+    WeightsToFloat(weight, first, count, out);
+    return;
+  }
+  const auto* codes = static_cast<const uint8_t*>(weight.data);
+  for (int64_t i = first; i < first + count; ++i) *out++ = E4m3Value(codes[i]) * weight.scales[i / weight.cols];
+}
+
 void ConvertToBf16(const WeightView& weight, int64_t first, int64_t count, uint16_t* out) {
   if (weight.dtype == DType::kBf16) {
     std::memcpy(out, static_cast<const uint16_t*>(weight.data) + first, static_cast<size_t>(count) * sizeof(uint16_t));
     return;
   }
-  for (int64_t i = 0; i < count; ++i) out[i] = RoundToBf16(ElementAsFloat(weight, first + i));
-}
-
-void ConvertToFloat(const WeightView& weight, int64_t first, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = ElementAsFloat(weight, first + i);
+  for (int64_t i = 0; i < count; ++i) {
+    float value = 0.0f;
+    ConvertToFloat(weight, first + i, 1, &value);
+    out[i] = FloatToBf16(value);
+  }
 }
 
 namespace {

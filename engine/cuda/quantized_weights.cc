@@ -6,16 +6,11 @@
 #include <cstring>
 
 #include "engine/base/check.h"
+#include "engine/convert.h"
 #include "engine/cuda/e4m3.cuh"
 
 namespace minitron::engine::cuda {
 namespace {
-
-uint16_t RoundToBf16(float value) {
-  const auto bits = std::bit_cast<uint32_t>(value);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-float Widen(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
 float Largest(const float* values, int count) {
   float largest = 0.0f;
@@ -35,8 +30,8 @@ uint16_t Int4Scale(const float* values, int count) {
   uint16_t best = 0;
   float least = INFINITY;
   for (const float divisor : kDivisors) {
-    const uint16_t candidate = RoundToBf16(largest / divisor);
-    const float scale = Widen(candidate), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    const uint16_t candidate = FloatToBf16(largest / divisor);
+    const float scale = Bf16ToFloat(candidate), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     float error = 0.0f;
     for (int i = 0; i < count; ++i) {
       const float difference = values[i] - scale * static_cast<float>(Nearest(values[i], inverse, -8, 7));
@@ -95,9 +90,9 @@ void QuantizeTile(WeightFormat format, const float* weights, int rows, int depth
       if (values != nullptr) {
         scale_bits = format == WeightFormat::kInt4
                          ? Int4Scale(values, group)
-                         : RoundToBf16(Largest(values, group) / (format == WeightFormat::kInt8 ? 127.0f : 448.0f));
+                         : FloatToBf16(Largest(values, group) / (format == WeightFormat::kInt8 ? 127.0f : 448.0f));
       }
-      const float scale = Widen(scale_bits), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+      const float scale = Bf16ToFloat(scale_bits), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
       scales[first / group * kTileRows + row] = scale_bits;
       for (int i = 0; i < group; ++i) {
         const float value = values != nullptr ? values[i] : 0.0f;
@@ -129,7 +124,7 @@ void PackE4m3Tile(const uint8_t* codes, const float* scales, int rows, int depth
       PutByte(tile, row, i, code);
     }
     constexpr uint16_t kNaN = 0x7FC0;  // the kernel reads that code as a number; the row must not pass for one
-    tile_scales[row] = broken ? kNaN : RoundToBf16(scales[row]);
+    tile_scales[row] = broken ? kNaN : FloatToBf16(scales[row]);
   }
 }
 

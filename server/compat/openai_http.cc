@@ -19,8 +19,6 @@ using Json = nlohmann::ordered_json;
 // How often a request whose answer comes in one piece looks whether somebody still waits for it.
 constexpr std::chrono::milliseconds kLookForClient{100};
 
-std::string Dump(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
-
 int64_t UnixSeconds() {
   return std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
 }

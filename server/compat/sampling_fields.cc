@@ -112,12 +112,12 @@ struct Reader {
   absl::Status AnyBool() const { return ReadBool(key, value, typing).status(); }
 };
 
-using Handler = absl::Status (*)(const Reader&);
+using FieldReader = absl::Status (*)(const Reader&);
 
-const std::map<std::string, Handler>& Handlers() {
+const std::map<std::string, FieldReader>& FieldReaders() {
   using S = v1::SamplingConfig;
   using E = v1::StoppingConfig;
-  static const std::map<std::string, Handler> kHandlers = {
+  static const std::map<std::string, FieldReader> kReaders = {
       {"temperature", [](const Reader& r) { return r.Float(r.task.mutable_sampling(), &S::set_temperature); }},
       {"top_p", [](const Reader& r) { return r.Float(r.task.mutable_sampling(), &S::set_top_p); }},
       {"min_p", [](const Reader& r) { return r.Float(r.task.mutable_sampling(), &S::set_min_p); }},
@@ -150,7 +150,7 @@ const std::map<std::string, Handler>& Handlers() {
       {"early_stopping", [](const Reader& r) { return r.AnyBool(); }},
       {"spaces_between_special_tokens", [](const Reader& r) { return r.AnyBool(); }},
   };
-  return kHandlers;
+  return kReaders;
 }
 
 }  // namespace
@@ -226,8 +226,8 @@ absl::StatusOr<std::vector<uint32_t>> ReadTokenIds(const std::string& field, con
 
 absl::StatusOr<bool> ReadSamplingField(const std::string& key, const JsonValue& value, JsonTyping typing,
                                        v1::GenerationTask& task) {
-  const auto found = Handlers().find(key);
-  if (found == Handlers().end()) return ReadConstraintField(key, value, task);
+  const auto found = FieldReaders().find(key);
+  if (found == FieldReaders().end()) return ReadConstraintField(key, value, task);
   if (value.is(Type::kNull)) return true;
   RETURN_IF_ERROR(found->second(Reader{key, value, typing, task}));
   return true;

@@ -11,17 +11,17 @@
 namespace minitron::server::constraint {
 namespace {
 
-constexpr int kMaxDepth = 100;        // of groups
-constexpr int kMaxRepeatsOfOne = 10;  // x{2}{3}...
-constexpr int kMaxRepeat = 10'000;    // in {m,n}; how large the whole may get is the automaton's limit
+constexpr int kMaxGroupDepth = 100;      // of groups
+constexpr int kMaxRepeatsOfOne = 10;     // x{2}{3}...
+constexpr int kMaxRepeatCount = 10'000;  // in {m,n}; how large the whole may get is the automaton's limit
 
 bool IsNameChar(char c) {
   return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '_';
 }
 
-class Parser {
+class GrammarParser {
  public:
-  explicit Parser(std::string_view text) : text_(text) {}
+  explicit GrammarParser(std::string_view text) : text_(text) {}
 
   absl::StatusOr<Grammar> Parse() {
     if (!IsValidUtf8(text_)) return absl::InvalidArgumentError("is not UTF-8");
@@ -99,7 +99,7 @@ class Parser {
   }
 
   absl::StatusOr<Pattern> ParseAlternatives() {
-    if (++depth_ > kMaxDepth) return Error(absl::StrCat("groups deeper than ", kMaxDepth));
+    if (++depth_ > kMaxGroupDepth) return Error(absl::StrCat("groups deeper than ", kMaxGroupDepth));
     std::vector<Pattern> alternatives;
     do {
       ASSIGN_OR_RETURN(Pattern alternative, ParseSequence());
@@ -214,7 +214,7 @@ class Parser {
     int value = 0;
     for (; !AtEnd() && Peek() >= '0' && Peek() <= '9'; ++at_) {
       value = value * 10 + (Peek() - '0');
-      if (value > kMaxRepeat) return Error(absl::StrCat("a repetition above ", kMaxRepeat));
+      if (value > kMaxRepeatCount) return Error(absl::StrCat("a repetition above ", kMaxRepeatCount));
     }
     SkipSpace();
     return value;
@@ -230,6 +230,6 @@ class Parser {
 
 }  // namespace
 
-absl::StatusOr<Grammar> ParseGrammar(std::string_view text) { return Parser(text).Parse(); }
+absl::StatusOr<Grammar> ParseGrammar(std::string_view text) { return GrammarParser(text).Parse(); }
 
 }  // namespace minitron::server::constraint

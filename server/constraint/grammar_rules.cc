@@ -11,7 +11,7 @@ namespace minitron::server::constraint {
 namespace {
 
 constexpr int64_t kMaxCopiedParts = 64;  // of a rule that is named more than once and yet copied
-constexpr int kMaxDepth = 400;           // of patterns once rules are in their place: they are walked recursively
+constexpr int kMaxPatternDepth = 400;    // of patterns once rules are in their place: they are walked recursively
 constexpr int kMaxLeftParts = 10'000;    // looked at to find what a rule starts with
 constexpr int64_t kMaxParts = 50'000;    // of a rule with those that went into it
 
@@ -118,7 +118,8 @@ class Inliner {
     stays_[grammar_.root] = true;
     for (const int rule : order_) {
       inlined_[rule] = Inline(grammar_.rules[rule]);
-      if (inlined_[rule].depth > 4 * kMaxDepth || (inlined_[rule].depth > kMaxDepth && left_recursive_[rule])) {
+      if (inlined_[rule].depth > 4 * kMaxPatternDepth ||
+          (inlined_[rule].depth > kMaxPatternDepth && left_recursive_[rule])) {
         return absl::InvalidArgumentError(absl::StrCat("rule ", grammar_.names[rule], " is nested too deeply"));
       }
       if (inlined_[rule].num_parts > kMaxParts) {
@@ -126,7 +127,7 @@ class Inliner {
             absl::StrCat("rule ", grammar_.names[rule], " needs more than ", kMaxParts, " parts"));
       }
       const bool is_large = inlined_[rule].num_parts > kMaxCopiedParts && num_names_[rule] > 1;
-      if ((is_large || inlined_[rule].depth > kMaxDepth) && !left_recursive_[rule]) stays_[rule] = true;
+      if ((is_large || inlined_[rule].depth > kMaxPatternDepth) && !left_recursive_[rule]) stays_[rule] = true;
     }
     return absl::OkStatus();
   }

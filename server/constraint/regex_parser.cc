@@ -22,9 +22,9 @@ CharRanges Spaces() {
 }
 CharRanges LineEnds() { return {{'\n', '\n'}, {'\r', '\r'}, {0x2028, 0x2029}}; }
 
-class Parser {
+class RegexParser {
  public:
-  Parser(std::string_view text, const RegexOptions& options) : text_(text), options_(options) {}
+  RegexParser(std::string_view text, const RegexOptions& options) : text_(text), options_(options) {}
 
   absl::StatusOr<Pattern> Parse() {
     ASSIGN_OR_RETURN(Pattern pattern, ParseAlternatives(/*is_top=*/true));
@@ -274,7 +274,7 @@ class Parser {
 }  // namespace
 
 absl::StatusOr<Pattern> ParseRegex(std::string_view text, const RegexOptions& options) {
-  return Parser(text, options).Parse();
+  return RegexParser(text, options).Parse();
 }
 
 }  // namespace minitron::server::constraint

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "engine/cpu/convert.h"
+#include "engine/convert.h"
 #include "gtest/gtest.h"
 #include "tests/engine/random_model.h"
 #include "tests/engine/targets.h"

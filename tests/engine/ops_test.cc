@@ -9,7 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "engine/cpu/convert.h"
+#include "engine/convert.h"
 #include "engine/cpu/cpu_ops.h"
 #include "gtest/gtest.h"
 #include "tests/engine/random_model.h"

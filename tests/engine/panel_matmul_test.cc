@@ -8,8 +8,8 @@
 #include <limits>
 #include <vector>
 
+#include "engine/convert.h"
 #include "engine/cpu/amx_matmul.h"
-#include "engine/cpu/convert.h"
 #include "engine/cpu/panel_format.h"
 #include "gtest/gtest.h"
 #include "hwy/targets.h"

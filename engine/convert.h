@@ -8,7 +8,7 @@
 
 #include "engine/tensor.h"
 
-namespace minitron::engine::cpu {
+namespace minitron::engine {
 
 inline float Bf16ToFloat(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
@@ -31,7 +31,7 @@ inline float F16ToFloat(uint16_t bits) {
   return std::bit_cast<float>(sign | wide_exponent << 23 | mantissa << 13);
 }
 
-// out[i] = weights[offset + i] for `count` elements.
+// out[i] = weights[offset + i] for `count` elements of bf16, f16 or f32.
 inline void WeightsToFloat(const WeightView& weights, int64_t offset, int64_t count, float* out) {
   if (weights.dtype == DType::kF32) {
     std::memcpy(out, static_cast<const float*>(weights.data) + offset, static_cast<size_t>(count) * sizeof(float));
@@ -45,4 +45,4 @@ inline void WeightsToFloat(const WeightView& weights, int64_t offset, int64_t co
   }
 }
 
-}  // namespace minitron::engine::cpu
+}  // namespace minitron::engine

@@ -75,7 +75,8 @@ absl::StatusOr<StoredTensor> ParseTensor(const std::string& file, const std::str
   const JsonValue* dtype = info.Find("dtype");
   const std::optional<DType> parsed_dtype =
       dtype != nullptr && dtype->is(JsonValue::Type::kString) ? ParseDType(dtype->string) : std::nullopt;
-  if (!parsed_dtype) return BadTensor(file, name, DescribeMember(info, "dtype") + ", supported: BF16, F16, F32, F8_E4M3");
+  if (!parsed_dtype)
+    return BadTensor(file, name, DescribeMember(info, "dtype") + ", supported: BF16, F16, F32, F8_E4M3");
   const std::optional<std::vector<int64_t>> shape = Integers(info.Find("shape"), kMaxRank);
   if (!shape) return BadTensor(file, name, DescribeMember(info, "shape") + " is not a list of up to 8 sizes");
   const std::optional<std::vector<int64_t>> offsets = Integers(info.Find("data_offsets"), 2);

@@ -25,9 +25,10 @@ int main(int argc, char** argv) {
   if (mode == "steps" && arguments.size() == 5) return minitron::gpu::RunnerSteps(arguments);
   if (mode == "score" && arguments.size() == 3) return minitron::gpu::RunnerScore(arguments);
 #endif
-  std::fprintf(stderr,
-               "usage: minitron-gpu-bench ceilings|roofline 8b|tiny\n"
-               "       minitron-gpu-bench steps MODEL_DIR cuda|cpu none|int8|int4|fp8|fp8-dynamic bf16|fp8 plain|early\n"
-               "       minitron-gpu-bench score MODEL_DIR cuda|cpu TOKENS_FILE\n");
+  std::fprintf(
+      stderr,
+      "usage: minitron-gpu-bench ceilings|roofline 8b|tiny\n"
+      "       minitron-gpu-bench steps MODEL_DIR cuda|cpu none|int8|int4|fp8|fp8-dynamic bf16|fp8 plain|early\n"
+      "       minitron-gpu-bench score MODEL_DIR cuda|cpu TOKENS_FILE\n");
   return 2;
 }

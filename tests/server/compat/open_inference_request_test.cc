@@ -154,6 +154,44 @@ TEST(OpenInferenceRequestTest, DescriptionsKeepEveryByteOfTheRealClient) {
   EXPECT_EQ(Hex(metadata), kMetadata);
 }
 
+// Bytes -> message -> the same bytes, and no field in them that the message does not know.
+template <typename Message>
+Message Kept(const char* hex) {
+  auto message = Parse<Message>(hex);
+  EXPECT_EQ(message.GetReflection()->GetUnknownFields(message).field_count(), 0) << message.ShortDebugString();
+  EXPECT_EQ(Hex(message), hex);
+  return message;
+}
+
+TEST(OpenInferenceRequestTest, QuestionsAndAnswersOfHealthKeepEveryByteOfTheRealClient) {
+  constexpr char kTiny[] = "0a0474696e79120131";  // name and version, the same in all questions about a model
+  Kept<inference::ServerLiveRequest>("");
+  Kept<inference::ServerReadyRequest>("");
+  Kept<inference::ServerMetadataRequest>("");
+  EXPECT_TRUE(Kept<inference::ServerLiveResponse>("0801").live());
+  EXPECT_TRUE(Kept<inference::ServerReadyResponse>("0801").ready());
+  EXPECT_TRUE(Kept<inference::ModelReadyResponse>("0801").ready());
+  EXPECT_EQ(Kept<inference::ModelReadyRequest>(kTiny).version(), "1");
+  EXPECT_EQ(Kept<inference::ModelMetadataRequest>(kTiny).version(), "1");
+  EXPECT_EQ(Kept<inference::ModelConfigRequest>(kTiny).version(), "1");
+  EXPECT_EQ(Kept<inference::ModelStatisticsRequest>(kTiny).name(), "tiny");
+  const auto metadata = Kept<inference::ServerMetadataResponse>(
+      "0a0f6d696e6974726f6e2d7365727665721205302e312e301a0a737461746973746963731a0873657175656e6365");
+  EXPECT_EQ(metadata.name(), "minitron-server");
+  EXPECT_THAT(metadata.extensions(), ElementsAre("statistics", "sequence"));
+}
+
+TEST(OpenInferenceRequestTest, AConstraintIsAParameter) {
+  const auto parameter = [](const std::string& name, const std::string& value) {
+    Request request;
+    (*request.message.mutable_parameters())[name].set_string_param(value);
+    return request.Read().task.constraint();
+  };
+  EXPECT_EQ(parameter("guided_regex", "a+").regex(), "a+");
+  EXPECT_EQ(parameter("guided_json", R"({"type":"null"})").json_schema(), R"({"type":"null"})");
+  EXPECT_EQ(parameter("guided_grammar", "root ::= \"a\"").grammar(), "root ::= \"a\"");
+}
+
 TEST(OpenInferenceRequestTest, SamplingParametersMayBeStrings) {
   const InferTask read =
       Request()

@@ -58,7 +58,7 @@ class OpsTest : public testing::Test {
       float value = NextUniform(state_);
       if (std::abs(value) < 0x1.0p-14f) value = 0.0f;
       StoreElement(value, dtype, weight.bytes.data() + i * DTypeBytes(dtype));
-      cpu::WeightsToFloat(weight.view, i, 1, &weight.values[i]);
+      WeightsToFloat(weight.view, i, 1, &weight.values[i]);
     }
     return weight;
   }

@@ -34,5 +34,6 @@ tidy_one() {
 }
 export -f tidy_one
 export build cache
-printf '%s\n' "${pending[@]}" | grep . | xargs -r -P "$jobs" -I{} bash -c 'tidy_one {}'
+# With nothing pending, printf alone would name an empty unit.
+if [ ${#pending[@]} -gt 0 ]; then printf '%s\n' "${pending[@]}" | xargs -P "$jobs" -I{} bash -c 'tidy_one {}'; fi
 echo "lint: clang-tidy is clean"

@@ -118,11 +118,12 @@ image:
 test-image: deps-image
 	@tests/deploy/image_test.sh $(TARGET)
 
-# The bounded runs of `make test`, at full length: 100k resets, minutes of floods, 200 rolling restarts. Half an hour.
+# The bounded runs of `make test`, at full length: 100k connections reset, 10^6 calls reset, minutes of floods, 200 rolling
+# restarts: three quarters of an hour; and HOURS of cancelled calls.
 soak: deps-test
 	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
 	@cmake --build --preset release -j $(JOBS) --target minitron-server
-	@for test in transport edge; do SOAK=1 MINITRON_TEST_SERVER=build/release/bin/minitron-server /usr/bin/python3 -W ignore tests/deploy/$${test}_test.py -v || exit 1; done
+	@for test in transport edge; do SOAK=1 HOURS=$(HOURS) MINITRON_TEST_SERVER=build/release/bin/minitron-server /usr/bin/python3 -W ignore tests/deploy/$${test}_test.py -v || exit 1; done
 
 # Needs a browser, which the other tests do not.
 test-page: deps-browser build

@@ -10,6 +10,9 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+// A token may be half a character: what is not UTF-8 becomes U+FFFD.
+std::string Dump(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
+
 int64_t CountCharacters(const std::string& text) {
   return std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; });
 }
@@ -22,8 +25,6 @@ Json Bytes(const std::string& text) {
 }
 
 }  // namespace
-
-std::string Dump(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
 
 struct CompletionAnswer::Prompt {
   std::vector<engine::TokenId> ids;

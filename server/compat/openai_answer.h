@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
@@ -11,9 +10,6 @@
 #include "server/request_builder.h"
 
 namespace minitron::server::compat {
-
-// As text on one line. A token may be half a character: what is not UTF-8 becomes U+FFFD.
-std::string Dump(const nlohmann::ordered_json& json);
 
 class CompletionAnswer {
  public:

@@ -19,6 +19,9 @@ using Json = nlohmann::ordered_json;
 // How often a request whose answer comes in one piece looks whether somebody still waits for it.
 constexpr std::chrono::milliseconds kLookForClient{100};
 
+// What is not UTF-8 becomes U+FFFD.
+std::string Serialize(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
+
 int64_t UnixSeconds() {
   return std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
@@ -288,21 +291,21 @@ absl::StatusOr<std::string> OpenAiHttp::Models() const {
                       {"created", UnixSeconds() - up},
                       {"owned_by", "minitron-server"},
                       {"max_model_len", server_->model.info.max_context_tokens}};
-  return Dump({{"object", "list"}, {"data", Json::array({model})}});
+  return Serialize({{"object", "list"}, {"data", Json::array({model})}});
 }
 
 absl::StatusOr<std::string> OpenAiHttp::Tokenize(HttpExchange& exchange) const {
   ASSIGN_OR_RETURN(const std::string body, exchange.ReadBody(max_body_bytes_));
   ASSIGN_OR_RETURN(const v1::TokenizeRequest request, ReadTokenize(body));
   ASSIGN_OR_RETURN(const std::vector<engine::TokenId> ids, BuildTokenize(request, server_->model));
-  return Dump({{"tokens", ids}, {"count", ids.size()}, {"max_model_len", server_->model.info.max_context_tokens}});
+  return Serialize({{"tokens", ids}, {"count", ids.size()}, {"max_model_len", server_->model.info.max_context_tokens}});
 }
 
 absl::StatusOr<std::string> OpenAiHttp::Detokenize(HttpExchange& exchange) const {
   ASSIGN_OR_RETURN(const std::string body, exchange.ReadBody(max_body_bytes_));
   ASSIGN_OR_RETURN(const v1::DetokenizeRequest request, ReadDetokenize(body));
   ASSIGN_OR_RETURN(const std::string text, BuildDetokenize(request, server_->model));
-  return Dump({{"prompt", text}});
+  return Serialize({{"prompt", text}});
 }
 
 absl::StatusOr<std::string> OpenAiHttp::TokenizerInfo() const {
@@ -311,23 +314,23 @@ absl::StatusOr<std::string> OpenAiHttp::TokenizerInfo() const {
     return id < 0 ? Json(nullptr) : Json(model.tokenizer->TokenBytes(id, /*skip_special=*/false));
   };
   const auto& eos = model.info.eos_token_ids;
-  return Dump({{"tokenizer_class", "sentencepiece"},
-               {"vocab_size", model.info.vocab_size},
-               {"model_max_length", model.info.max_context_tokens},
-               {"add_bos_token", model.default_add_bos},
-               {"eos_token", eos.empty() ? Json(nullptr) : spelling(eos.front())},
-               {"bos_token", spelling(model.tokenizer->bos_id())},
-               {"pad_token", nullptr},
-               {"chat_template", nullptr}});
+  return Serialize({{"tokenizer_class", "sentencepiece"},
+                    {"vocab_size", model.info.vocab_size},
+                    {"model_max_length", model.info.max_context_tokens},
+                    {"add_bos_token", model.default_add_bos},
+                    {"eos_token", eos.empty() ? Json(nullptr) : spelling(eos.front())},
+                    {"bos_token", spelling(model.tokenizer->bos_id())},
+                    {"pad_token", nullptr},
+                    {"chat_template", nullptr}});
 }
 
 absl::StatusOr<std::string> OpenAiHttp::Load() const {
   const scheduler::StepStats stats = server_->output->last_stats();
-  return Dump({{"running", stats.num_running},
-               {"waiting", server_->queue_depth()},
-               {"kv_blocks_used", stats.num_blocks_used},
-               {"kv_blocks", server_->limits.kv_blocks},
-               {"draining", server_->draining.load()}});
+  return Serialize({{"running", stats.num_running},
+                    {"waiting", server_->queue_depth()},
+                    {"kv_blocks_used", stats.num_blocks_used},
+                    {"kv_blocks", server_->limits.kv_blocks},
+                    {"draining", server_->draining.load()}});
 }
 
 }  // namespace minitron::server::compat

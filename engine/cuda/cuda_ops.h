@@ -83,6 +83,8 @@ class CudaOps {
 
   // The first error of any op; OK while all went well.
   const absl::Status& status() const { return status_; }
+  // What everything is put on, in order.
+  cudaStream_t stream() const { return stream_.get(); }
 
  private:
   // One of the two steps that may be under way.

@@ -1,10 +1,21 @@
 #include "tests/bench/random_checkpoint.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
 #include <algorithm>
-#include <bit>
+#include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <fstream>
+#include <thread>
+#include <utility>
+
+#include "tests/bench/random_value.h"
 
 namespace minitron::bench {
 namespace {
@@ -38,17 +49,11 @@ std::string ConfigJson(const engine::NemotronConfig& c) {
   return text;
 }
 
-int64_t NumElements(const TensorSpec& tensor) {
-  int64_t count = 1;
-  for (const int64_t extent : tensor.shape) count *= extent;
-  return count;
-}
-
 std::string Header(const std::vector<TensorSpec>& tensors) {
   std::string header = "{";
   int64_t offset = 0;
   for (const TensorSpec& tensor : tensors) {
-    const int64_t end = offset + 2 * NumElements(tensor);
+    const int64_t end = offset + 2 * tensor.NumElements();
     header += header.size() == 1 ? "\"" : ",\"";
     header += tensor.name + "\":{\"dtype\":\"BF16\",\"shape\":[" + std::to_string(tensor.shape[0]);
     if (tensor.shape.size() == 2) header += "," + std::to_string(tensor.shape[1]);
@@ -59,6 +64,45 @@ std::string Header(const std::vector<TensorSpec>& tensors) {
   header.resize((header.size() + 63) / 64 * 64 + 56, ' ');  // data on a cache line, after the 8 bytes of length
   return header;
 }
+
+constexpr int64_t kPartElements = 4 << 20;  // what a thread makes at a time
+
+struct Part {
+  const TensorSpec* tensor;
+  int64_t first, count, offset;  // elements, elements, bytes into the file
+};
+
+// A new file of a size, mapped for writing. data() is null when that failed, and error() says why.
+class MappedOutput {
+ public:
+  MappedOutput(const std::string& path, int64_t num_bytes) : num_bytes_(static_cast<size_t>(num_bytes)) {
+    const int file = open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    struct statvfs room = {};
+    if (file >= 0 && fstatvfs(file, &room) == 0) {
+      const auto free_bytes = static_cast<uint64_t>(room.f_bavail) * room.f_frsize;
+      if (free_bytes < num_bytes_) {  // found out later, it would be a signal
+        error_ = std::to_string(num_bytes_) + " bytes, but there is room for " + std::to_string(free_bytes);
+      } else if (ftruncate(file, num_bytes) == 0) {
+        void* const memory = mmap(nullptr, num_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        if (memory != MAP_FAILED) data_ = static_cast<unsigned char*>(memory);
+      }
+    }
+    if (data_ == nullptr && error_.empty()) error_ = std::strerror(errno);
+    if (file >= 0) close(file);
+  }
+  MappedOutput(const MappedOutput&) = delete;
+  MappedOutput& operator=(const MappedOutput&) = delete;
+  ~MappedOutput() {
+    if (data_ != nullptr) munmap(data_, num_bytes_);
+  }
+  unsigned char* data() const { return data_; }
+  const std::string& error() const { return error_; }
+
+ private:
+  const size_t num_bytes_;
+  unsigned char* data_ = nullptr;
+  std::string error_;
+};
 
 }  // namespace
 
@@ -71,22 +115,34 @@ bool ShapeByName(const std::string& name, engine::NemotronConfig& config) {
     config = Shape(32, 4096, 48, 8, 16384, 256000);
   } else if (name == "8b-4-layers") {
     config = Shape(4, 4096, 48, 8, 16384, 32000);
+  } else if (name == "test") {
+    config = Shape(2, 128, 6, 1, 256, 1024);
   } else {
     return false;
   }
   return true;
 }
 
-std::vector<TensorSpec> TensorSpecs(const engine::NemotronConfig& c) {
+int64_t TensorSpec::NumElements() const {
+  int64_t count = 1;
+  for (const int64_t extent : shape) count *= extent;
+  return count;
+}
+
+std::vector<TensorSpec> TensorSpecs(const engine::NemotronConfig& c, uint64_t seed) {
   std::vector<TensorSpec> tensors;
+  const auto add = [&](const std::string& name, std::vector<int64_t> shape, float scale) {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    tensors.push_back({name, std::move(shape), scale, seed});
+  };
   const auto matrix = [&](const std::string& name, int64_t outs, int64_t ins) {
-    tensors.push_back({name, {outs, ins}, std::sqrt(3.0f / static_cast<float>(ins))});
+    add(name, {outs, ins}, std::sqrt(3.0f / static_cast<float>(ins)));
   };
   const auto norm = [&](const std::string& name) {
-    tensors.push_back({name + ".weight", {c.hidden_size}, 0.1f});
-    tensors.push_back({name + ".bias", {c.hidden_size}, 0.05f});
+    add(name + ".weight", {c.hidden_size}, 0.1f);
+    add(name + ".bias", {c.hidden_size}, 0.05f);
   };
-  tensors.push_back({"model.embed_tokens.weight", {c.vocab_size, c.hidden_size}, 1.0f});
+  add("model.embed_tokens.weight", {c.vocab_size, c.hidden_size}, 1.0f);
   for (int layer = 0; layer < c.num_layers; ++layer) {
     const std::string prefix = "model.layers." + std::to_string(layer) + ".";
     norm(prefix + "input_layernorm");
@@ -104,38 +160,44 @@ std::vector<TensorSpec> TensorSpecs(const engine::NemotronConfig& c) {
 }
 
 void RandomBf16(uint64_t seed, int64_t first, int64_t count, float scale, uint16_t* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    // splitmix64 of the index: no state, so any part can be made on its own.
-    uint64_t z = seed + static_cast<uint64_t>(first + i) * 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    const auto grid = static_cast<int32_t>(z >> 48) - 32768;
-    const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(grid) * 0x1.0p-15f * scale);
-    out[i] = static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-  }
+  for (int64_t i = 0; i < count; ++i) out[i] = RandomBf16Value(seed, static_cast<uint64_t>(first + i), scale);
 }
 
 bool WriteRandomCheckpoint(const std::string& dir, const engine::NemotronConfig& config, uint64_t seed) {
   std::ofstream(dir + "/config.json") << ConfigJson(config);
-  std::ofstream file(dir + "/model.safetensors", std::ios::binary);
-  const std::vector<TensorSpec> tensors = TensorSpecs(config);
+  const std::vector<TensorSpec> tensors = TensorSpecs(config, seed);
   const std::string header = Header(tensors);
-  const uint64_t length = header.size();
-  file.write(reinterpret_cast<const char*>(&length), sizeof(length));  // little-endian hosts only
-  file.write(header.data(), static_cast<std::streamsize>(header.size()));
-  std::vector<uint16_t> chunk(4 << 20);
+  std::vector<Part> parts;
+  int64_t offset = static_cast<int64_t>(sizeof(uint64_t) + header.size());
   for (const TensorSpec& tensor : tensors) {
-    seed = seed * 6364136223846793005u + 1442695040888963407u;
-    const int64_t total = NumElements(tensor);
-    for (int64_t first = 0; first < total; first += static_cast<int64_t>(chunk.size())) {
-      const int64_t count = std::min<int64_t>(static_cast<int64_t>(chunk.size()), total - first);
-      RandomBf16(seed, first, count, tensor.scale, chunk.data());
-      file.write(reinterpret_cast<const char*>(chunk.data()), 2 * count);
+    for (int64_t first = 0; first < tensor.NumElements(); first += kPartElements) {
+      parts.push_back({&tensor, first, std::min(kPartElements, tensor.NumElements() - first), offset + 2 * first});
     }
+    offset += 2 * tensor.NumElements();
   }
-  file.close();
-  if (!file) std::fprintf(stderr, "cannot write %s/model.safetensors\n", dir.c_str());
-  return static_cast<bool>(file);
+  const std::string path = dir + "/model.safetensors";
+  // Mapped, not written: the threads of one file's write() wait for each other.
+  const MappedOutput file(path, offset);
+  if (file.data() == nullptr) {
+    std::fprintf(stderr, "cannot write %s: %s\n", path.c_str(), file.error().c_str());
+    return false;
+  }
+  const uint64_t length = header.size();
+  std::memcpy(file.data(), &length, sizeof(length));  // little-endian hosts only
+  std::memcpy(file.data() + sizeof(length), header.data(), header.size());
+  std::atomic<size_t> next{0};
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < std::max(1u, std::thread::hardware_concurrency()); ++t) {
+    threads.emplace_back([&] {
+      for (size_t i = next++; i < parts.size(); i = next++) {
+        const Part& part = parts[i];
+        RandomBf16(part.tensor->seed, part.first, part.count, part.tensor->scale,
+                   reinterpret_cast<uint16_t*>(file.data() + part.offset));
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return true;
 }
 
 }  // namespace minitron::bench

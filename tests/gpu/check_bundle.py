@@ -13,7 +13,8 @@ TESTS = {"cuda_tests_gpu"}
 CLIENTS = {"minitron-server", "minitron"}
 TOOLS = {"minitron-gpu-bench", "minitron-gpu-load", "minitron-make-checkpoint"}
 PROGRAMS = TESTS | CLIENTS | TOOLS
-SCRIPTS = {"run.sh", "run.py", "report.py", "layers_check.py", "nemotron_torch.py", "peers.py", "commit"}
+SCRIPTS = {"run.sh", "run.py", "machine.py", "stages.py", "serving.py", "report.py", "details.py", "layers_check.py",
+           "nemotron_torch.py", "peers.py", "commit"}
 # The C library and its loader belong to the machine, and must match each other.
 OF_THE_MACHINE = re.compile(r"^(linux-vdso|ld-linux[^/]*|libc|libm|libdl|librt|libpthread|libresolv)\.so")
 OF_CUDA = re.compile(r"^lib(cuda|cudart|cublas|cublasLt|nvrtc|nvidia[^/]*)\.so")

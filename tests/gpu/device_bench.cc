@@ -1,156 +1,20 @@
 #include "tests/gpu/device_bench.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <functional>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "absl/status/statusor.h"
-#include "engine/base/check.h"
-#include "engine/cuda/cublaslt_matmul.h"
-#include "engine/cuda/cuda_model_runner.h"
-#include "engine/cuda/device_memory.h"
 #include "engine/cuda/kernels.h"
-#include "engine/cuda/matmul.h"
 #include "engine/cuda/quantized_weights.h"
+#include "tests/gpu/bench.h"
 #include "tests/gpu/stream_kernels.h"
 
 namespace minitron::gpu {
 namespace {
-
-using namespace engine::cuda;  // NOLINT: a program about this room
-
-double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-// The 8B's shapes, or the smallest that all kernels take.
-struct Shapes {
-  int hidden = 4096, inner = 16384, vocab = 256000, kv_heads = 8, group = 6, head_dim = 128;
-  std::vector<int> batches = {1, 4, 8, 16, 32, 64, 128, 256};
-  std::vector<int> contexts = {512, 2048, 4096};
-  std::vector<int> prompts = {512, 2048};
-  int64_t ceiling_bytes = int64_t{2} << 30;
-  int gemm = 8192;
-  int64_t cold_bytes = 256 << 20;  // operands rotate over more than the second-level cache holds
-  int launches = 20, replays = 5;
-  int query_width() const { return kv_heads * group * head_dim; }
-};
-Shapes TinyShapes() {
-  return {.hidden = 64,
-          .inner = 128,
-          .vocab = 300,
-          .kv_heads = 1,
-          .group = 2,
-          .head_dim = 64,
-          .batches = {1, 2},
-          .contexts = {40},
-          .prompts = {24},
-          .ceiling_bytes = 1 << 12,
-          .gemm = 16,
-          .cold_bytes = 0,
-          .launches = 2,
-          .replays = 1};
-}
-
-// Dies with a message: a benchmark has nobody to return an error to.
-void Must(const absl::Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "minitron-gpu-bench: %s\n", status.ToString().c_str());
-  std::exit(1);
-}
-template <typename T>
-T Must(absl::StatusOr<T> value) {
-  Must(value.status());
-  return *std::move(value);
-}
-void Must(cudaError_t error) { Must(ToStatus(error, "benchmark")); }
-
-class Bench {
- public:
-  explicit Bench(bool tiny)
-      : shapes(tiny ? TinyShapes() : Shapes()), device(Must(OpenDevice())), stream_(Must(CreateStream())) {
-#if defined(MINITRON_CUDA_EMULATION)
-    matmul = CreateReferenceMatMul();
-    free_matmul = CreateReferenceMatMul();
-#else
-    matmul = Must(CreateCublasLtMatMul({}));
-    free_matmul = Must(CreateCublasLtMatMul({.batch_invariant = false, .tuning_file = {}}));
-#endif
-  }
-
-  // Device memory with varied, finite contents: zeros cost less power and would look faster.
-  template <typename T>
-  DeviceBuffer<T> Make(int64_t count, const std::function<T(int64_t)>& value) {
-    DeviceBuffer<T> buffer = Must(DeviceBuffer<T>::Allocate(count));
-    const int64_t most = std::min<int64_t>(count, 1 << 20);
-    std::vector<T> values(most);
-    for (int64_t i = 0; i < most; ++i) values[i] = value(i);
-    for (int64_t first = 0; first < count; first += most) {
-      Must(cudaMemcpyAsync(buffer.data() + first, values.data(), std::min(most, count - first) * sizeof(T),
-                           cudaMemcpyHostToDevice, stream_.get()));
-    }
-    Must(cudaStreamSynchronize(stream_.get()));
-    return buffer;
-  }
-  DeviceBuffer<Bf16> MakeBf16(int64_t count) {
-    return Make<Bf16>(count, [](int64_t i) {  // magnitudes around one half, either sign
-      const auto hash = static_cast<uint32_t>(i * 2654435761u);
-      return Bf16{static_cast<uint16_t>((hash >> 16 & 0x8000u) | 0x3E80u | (hash >> 8 & 0xFFu))};
-    });
-  }
-  DeviceBuffer<unsigned char> MakeBytes(int64_t count) {
-    return Make<unsigned char>(count, [](int64_t i) { return static_cast<unsigned char>(i * 37 % 113); });
-  }
-
-  // Seconds of one call: some are recorded together and replayed, so that launching costs nothing; the median replay.
-  // `launch` gets a running number to rotate operands with.
-  double Time(const std::function<cudaError_t(int, cudaStream_t)>& launch) {
-    Must(launch(0, stream_.get()));  // settles what is settled on first use
-    Must(cudaStreamSynchronize(stream_.get()));
-    Must(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < shapes.launches; ++i) Must(launch(i, stream_.get()));
-    cudaGraph_t captured = nullptr;
-    Must(cudaStreamEndCapture(stream_.get(), &captured));
-    const Graph graph(captured);
-    cudaGraphExec_t executable = nullptr;
-    Must(cudaGraphInstantiate(&executable, captured, 0));
-    const GraphExec exec(executable);
-    std::vector<double> times;
-    for (int replay = 0; replay <= shapes.replays; ++replay) {
-      const double begin = Now();
-      Must(cudaGraphLaunch(exec.get(), stream_.get()));
-      Must(cudaStreamSynchronize(stream_.get()));
-      if (replay > 0 || shapes.replays == 1) times.push_back((Now() - begin) / shapes.launches);
-    }
-    std::nth_element(times.begin(), times.begin() + static_cast<int64_t>(times.size() / 2), times.end());
-    return times[times.size() / 2];
-  }
-
-  // How many operands of a size to rotate over.
-  int Copies(int64_t num_bytes) const {
-    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(shapes.launches, shapes.cold_bytes / num_bytes)));
-  }
-
-  void Print(const std::string& name, int rows, int context, double seconds, double bytes, double operations) const {
-    std::printf("{\"kind\": \"kernel\", \"name\": \"%s\", \"rows\": %d, ", name.c_str(), rows);
-    if (context > 0) std::printf("\"context\": %d, ", context);
-    std::printf("\"us\": %.3f, \"bytes\": %.0f, \"flop\": %.0f}\n", seconds * 1e6, bytes, operations);
-    std::fflush(stdout);
-  }
-
-  const Shapes shapes;
-  const DeviceInfo device;
-  std::unique_ptr<MatMul> matmul;       // one algorithm per shape, whatever the number of rows
-  std::unique_ptr<MatMul> free_matmul;  // the fastest for each number of rows
-
- private:
-  Stream stream_;
-};
 
 // --- Products. ---
 
@@ -161,17 +25,26 @@ void TimeMatMul(Bench& bench, const std::string& name, int outs, int depth, Stor
   const int most = bench.shapes.batches.back();
   const auto x = bench.MakeBf16(int64_t{most} * depth);
   auto out = Must(DeviceBuffer<Bf16>::Allocate(int64_t{most} * outs));
+  struct Choice {
+    const char* suffix;
+    MatMul& matmul;
+    bool first;
+  };
   // What batch invariance costs: with it, one algorithm serves every number of rows, chosen at a full step as the
-  // runner does, which is why the largest comes first.
-  for (const bool invariant : {true, false}) {
-    MatMul& matmul = invariant ? *bench.matmul : *bench.free_matmul;
+  // runner does, which is why the largest comes first. And what timing the candidates gains over the library's guess.
+  for (const Choice& choice : {Choice{" bf16", bench.matmul(), false},
+                               {" bf16, free choice", bench.free_matmul(), false},
+                               {" bf16, first choice", bench.first_matmul(), true}}) {
+    const std::string full_name = name + choice.suffix;
     for (auto rows = bench.shapes.batches.rbegin(); rows != bench.shapes.batches.rend(); ++rows) {
-      const double seconds = bench.Time([&](int i, cudaStream_t stream) {
+      const auto launch = [&](int i, cudaStream_t stream) {
         const Bf16* w = weights.data() + int64_t{outs} * depth * (i % copies);
-        const absl::Status status = matmul.Run(x.data(), w, *rows, outs, depth, store, out.data(), stream);
+        const absl::Status status = choice.matmul.Run(x.data(), w, *rows, outs, depth, store, out.data(), stream);
         return status.ok() ? cudaSuccess : cudaErrorUnknown;
-      });
-      bench.Print(name + (invariant ? " bf16" : " bf16, free choice"), *rows, 0, seconds,
+      };
+      if (!bench.Wants(full_name, *rows)) continue;
+      if (choice.first) bench.FirstChoice(launch);
+      bench.Print(full_name, *rows, 0, bench.Time(launch),
                   static_cast<double>(bytes) + 2.0 * *rows * ((store == Store::kAdd ? 2 : 1) * outs + depth),
                   2.0 * *rows * outs * depth);
     }
@@ -188,6 +61,7 @@ void TimeQuantized(Bench& bench, const std::string& name, int outs, int depth) {
     const auto x = bench.MakeBf16(int64_t{most} * depth);
     auto out = Must(DeviceBuffer<Bf16>::Allocate(int64_t{most} * outs));
     for (const int rows : bench.shapes.batches) {
+      if (!bench.Wants(name + " " + format_name, rows)) continue;
       const double seconds = bench.Time([&, format = format](int i, cudaStream_t stream) {
         return QuantizedMatMul(format, x.data(), tiles.data() + bytes * (i % copies), rows, outs, depth,
                                Store::kReplace, out.data(), stream);
@@ -200,13 +74,16 @@ void TimeQuantized(Bench& bench, const std::string& name, int outs, int depth) {
 
 // --- Attention. ---
 
-// A cache of `rows` sequences of `context` tokens, blocks in order.
+// A cache of `rows` sequences of `context` tokens, blocks in order; as often as it takes that none of it is in the
+// second-level cache when its turn comes, as no other layer's is.
 struct AttentionScene {
   static constexpr int kShift = 5;
   AttentionScene(Bench& bench, int rows, int context, bool is_fp8) : fp8(is_fp8) {
     const Shapes& s = bench.shapes;
     const int blocks = (context + (1 << kShift) - 1) >> kShift;
-    const int64_t cache_rows = int64_t{rows} * blocks * (1 << kShift) * s.kv_heads;
+    copy_rows = int64_t{rows} * blocks * (1 << kShift) * s.kv_heads;
+    copies = bench.Copies(2 * copy_rows * (fp8 ? s.head_dim + 1 : 2 * s.head_dim));
+    const int64_t cache_rows = copy_rows * copies;
     if (fp8) {
       codes[0] = bench.MakeBytes(cache_rows * s.head_dim);
       codes[1] = bench.MakeBytes(cache_rows * s.head_dim);
@@ -219,14 +96,15 @@ struct AttentionScene {
     block_ids = bench.Make<int32_t>(int64_t{rows} * blocks, [](int64_t i) { return static_cast<int32_t>(i); });
     block_start = bench.Make<int32_t>(rows + 1, [blocks](int64_t i) { return static_cast<int32_t>(i * blocks); });
   }
-  AttentionParams Params(const Shapes& s, const Bf16* q, Bf16* out) const {
-    KvCacheView cache{keys.data(), values.data(), s.kv_heads, kShift, {}};
+  AttentionParams Params(const Shapes& s, int turn, const Bf16* q, Bf16* out) const {
+    const int64_t row = copy_rows * (turn % copies), at = row * s.head_dim;
+    KvCacheView cache{keys.data() + at, values.data() + at, s.kv_heads, kShift, {}};
     if (fp8) {
       cache = {nullptr,
                nullptr,
                s.kv_heads,
                kShift,
-               {codes[0].data(), codes[1].data(), exponents[0].data(), exponents[1].data()}};
+               {codes[0].data() + at, codes[1].data() + at, exponents[0].data() + row, exponents[1].data() + row}};
     }
     return {q,
             out,
@@ -239,6 +117,8 @@ struct AttentionScene {
             1.44269504f / std::sqrt(static_cast<float>(s.head_dim))};
   }
   bool fp8;
+  int copies = 1;
+  int64_t copy_rows = 0;  // of one token and head
   DeviceBuffer<Bf16> keys, values;
   DeviceBuffer<unsigned char> codes[2];
   DeviceBuffer<int8_t> exponents[2];
@@ -246,6 +126,8 @@ struct AttentionScene {
 };
 
 void TimeDecode(Bench& bench, int rows, int context, bool fp8) {
+  const char* name = fp8 ? "decode attention fp8" : "decode attention bf16";
+  if (!bench.Wants(name, rows, context)) return;
   const Shapes& s = bench.shapes;
   const AttentionScene scene(bench, rows, context, fp8);
   const auto q = bench.MakeBf16(int64_t{rows} * s.query_width());
@@ -261,18 +143,19 @@ void TimeDecode(Bench& bench, int rows, int context, bool fp8) {
   const int num_merges = chunks > 1 ? rows : 0;
   const auto counts = bench.Make<DecodeCounts>(1, [&](int64_t) { return DecodeCounts{rows * chunks, num_merges}; });
   auto partials = Must(DeviceBuffer<float>::Allocate(rows * chunks * PartialFloats(s.kv_heads, s.head_dim)));
-  const AttentionParams params = scene.Params(s, q.data(), out.data());
   const int blocks = std::min(rows * chunks, 12 * bench.device.num_processors);
-  const double seconds = bench.Time([&](int, cudaStream_t stream) {
-    return DecodeAttention(params, items.data(), merges.data(), counts.data(), partials.data(), blocks, num_merges,
-                           stream);
+  const double seconds = bench.Time([&](int i, cudaStream_t stream) {
+    return DecodeAttention(scene.Params(s, i, q.data(), out.data()), items.data(), merges.data(), counts.data(),
+                           partials.data(), blocks, num_merges, stream);
   });
   const double row_bytes = fp8 ? s.head_dim + 1.0 : 2.0 * s.head_dim;
-  bench.Print(fp8 ? "decode attention fp8" : "decode attention bf16", rows, context, seconds,
-              2.0 * rows * context * s.kv_heads * row_bytes, 4.0 * rows * context * s.query_width());
+  bench.Print(name, rows, context, seconds, 2.0 * rows * context * s.kv_heads * row_bytes,
+              4.0 * rows * context * s.query_width());
 }
 
 void TimePrefill(Bench& bench, int prompt, bool fp8) {
+  const char* name = fp8 ? "prefill attention fp8" : "prefill attention bf16";
+  if (!bench.Wants(name, prompt, prompt)) return;
   const Shapes& s = bench.shapes;
   const AttentionScene scene(bench, 1, prompt, fp8);
   const auto q = bench.MakeBf16(int64_t{prompt} * s.query_width());
@@ -282,11 +165,10 @@ void TimePrefill(Bench& bench, int prompt, bool fp8) {
     const auto first = static_cast<int32_t>(i) * tile_rows;
     return PrefillTile{first, std::min(tile_rows, prompt - first), 0, first};
   });
-  const AttentionParams params = scene.Params(s, q.data(), out.data());
-  const double seconds =
-      bench.Time([&](int, cudaStream_t stream) { return PrefillAttention(params, tiles.data(), num_tiles, stream); });
-  bench.Print(fp8 ? "prefill attention fp8" : "prefill attention bf16", prompt, prompt, seconds,
-              4.0 * prompt * s.query_width(), 2.0 * prompt * prompt * s.query_width());
+  const double seconds = bench.Time([&](int i, cudaStream_t stream) {
+    return PrefillAttention(scene.Params(s, i, q.data(), out.data()), tiles.data(), num_tiles, stream);
+  });
+  bench.Print(name, prompt, prompt, seconds, 4.0 * prompt * s.query_width(), 2.0 * prompt * prompt * s.query_width());
 }
 
 // --- Rows. ---
@@ -298,10 +180,13 @@ void TimeRows(Bench& bench) {
   auto residual = bench.MakeBf16(int64_t{most} * s.hidden), out = bench.MakeBf16(int64_t{most} * s.hidden);
   const auto ones = bench.Make<float>(s.hidden, [](int64_t) { return 0.1f; });
   for (const int rows : s.batches) {
-    const double norm = bench.Time([&](int, cudaStream_t stream) {
-      return LayerNorm1p(residual.data(), ones.data(), ones.data(), 1e-5f, rows, s.hidden, out.data(), stream);
-    });
-    bench.Print("norm", rows, 0, norm, 4.0 * rows * s.hidden, 0.0);
+    if (bench.Wants("norm", rows)) {
+      const double norm = bench.Time([&](int, cudaStream_t stream) {
+        return LayerNorm1p(residual.data(), ones.data(), ones.data(), 1e-5f, rows, s.hidden, out.data(), stream);
+      });
+      bench.Print("norm", rows, 0, norm, 4.0 * rows * s.hidden, 0.0);
+    }
+    if (!bench.Wants("squared relu", rows)) continue;
     const double activation =
         bench.Time([&](int, cudaStream_t stream) { return SquaredRelu(x.data(), int64_t{rows} * s.inner, stream); });
     bench.Print("squared relu", rows, 0, activation, 4.0 * rows * s.inner, 0.0);
@@ -330,15 +215,16 @@ int Ceilings(bool tiny) {
   const auto x = bench.MakeBf16(int64_t{n} * n), w = bench.MakeBf16(int64_t{n} * n);
   auto out = Must(DeviceBuffer<Bf16>::Allocate(int64_t{n} * n));
   const double product = bench.Time([&](int, cudaStream_t stream) {
-    return bench.matmul->Run(x.data(), w.data(), n, n, n, Store::kReplace, out.data(), stream).ok() ? cudaSuccess
-                                                                                                    : cudaErrorUnknown;
+    return bench.matmul().Run(x.data(), w.data(), n, n, n, Store::kReplace, out.data(), stream).ok() ? cudaSuccess
+                                                                                                     : cudaErrorUnknown;
   });
   std::printf("{\"kind\": \"ceiling\", \"name\": \"bf16 GEMM\", \"tflops\": %.3f}\n", 2e-12 * n * n * n / product);
   return 0;
 }
 
-int Roofline(bool tiny) {
-  Bench bench(tiny);
+namespace {
+
+void TimeAll(Bench& bench) {
   const Shapes& s = bench.shapes;
   TimeMatMul(bench, "qkv", s.query_width() + 2 * s.kv_heads * s.head_dim, s.hidden, Store::kReplace);
   TimeMatMul(bench, "o", s.hidden, s.query_width(), Store::kAdd);  // to the residual, as fc2
@@ -357,7 +243,22 @@ int Roofline(bool tiny) {
     for (const int prompt : s.prompts) TimePrefill(bench, prompt, fp8);
   }
   TimeRows(bench);
+}
+
+}  // namespace
+
+int Roofline(bool tiny) {
+  Bench bench(tiny);
+  TimeAll(bench);
   return 0;
+}
+
+int OneKernel(bool tiny, const std::string& name, int rows, int context) {
+  Bench bench(tiny, {name, rows, context});
+  TimeAll(bench);
+  if (bench.num_printed() == 1) return 0;
+  std::fprintf(stderr, "minitron-gpu-bench: no kernel '%s' with %d rows, context %d\n", name.c_str(), rows, context);
+  return 1;
 }
 
 }  // namespace minitron::gpu

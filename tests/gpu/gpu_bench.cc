@@ -1,16 +1,15 @@
 // minitron-gpu-bench: what a device can do, what each kernel reaches on it, and a whole model without a server. Prints
-// a JSON object per line. The tests have two halves of it: the kernels over the emulation, and the model on the CPU
-// backend.
+// a JSON object per line. The tests have two halves of it: over the emulation, without models from files, and on the
+// CPU backend, without kernels.
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
 #if !defined(MINITRON_GPU_BENCH_WITHOUT_KERNELS)
 #include "tests/gpu/device_bench.h"
 #endif
-#if !defined(MINITRON_GPU_BENCH_WITHOUT_RUNNER)
 #include "tests/gpu/runner_bench.h"
-#endif
 
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
@@ -20,15 +19,19 @@ int main(int argc, char** argv) {
     if (mode == "ceilings") return minitron::gpu::Ceilings(arguments[0] == "tiny");
     if (mode == "roofline") return minitron::gpu::Roofline(arguments[0] == "tiny");
   }
+  if (mode == "kernel" && arguments.size() == 4) {
+    return minitron::gpu::OneKernel(arguments[0] == "tiny", arguments[1], std::atoi(arguments[2].c_str()),
+                                    std::atoi(arguments[3].c_str()));
+  }
 #endif
-#if !defined(MINITRON_GPU_BENCH_WITHOUT_RUNNER)
-  if (mode == "steps" && arguments.size() == 5) return minitron::gpu::RunnerSteps(arguments);
+  if (mode == "steps" && arguments.size() == 6) return minitron::gpu::RunnerSteps(arguments);
   if (mode == "score" && arguments.size() == 3) return minitron::gpu::RunnerScore(arguments);
-#endif
-  std::fprintf(
-      stderr,
-      "usage: minitron-gpu-bench ceilings|roofline 8b|tiny\n"
-      "       minitron-gpu-bench steps MODEL_DIR cuda|cpu none|int8|int4|fp8|fp8-dynamic bf16|fp8 plain|early\n"
-      "       minitron-gpu-bench score MODEL_DIR cuda|cpu TOKENS_FILE\n");
+  std::fprintf(stderr,
+               "usage: minitron-gpu-bench ceilings|roofline 8b|tiny\n"
+               "       minitron-gpu-bench kernel 8b|tiny NAME ROWS CONTEXT\n"
+               "       minitron-gpu-bench steps MODEL cuda|cpu none|int8|int4|fp8|fp8-dynamic bf16|fp8 plain|early "
+               "full|brief|small\n"
+               "       minitron-gpu-bench score MODEL cuda|cpu TOKENS_FILE\n"
+               "MODEL: a folder, or random:SHAPE for weights made on the device\n");
   return 2;
 }

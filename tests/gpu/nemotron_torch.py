@@ -11,6 +11,10 @@ import struct
 import torch
 import torch.nn.functional as F
 
+LAYER_TENSORS = ("input_layernorm.weight", "input_layernorm.bias", "self_attn.q_proj.weight", "self_attn.k_proj.weight",
+                 "self_attn.v_proj.weight", "self_attn.o_proj.weight", "post_attention_layernorm.weight",
+                 "post_attention_layernorm.bias", "mlp.up_proj.weight", "mlp.down_proj.weight")
+
 
 def load_tensors(path, device):
     """The tensors of a safetensors file, bf16."""
@@ -45,11 +49,16 @@ class Nemotron:
         self.rotary = int(self.head_dim * c.get("partial_rotary_factor", 0.5))
         steps = torch.arange(0, self.rotary, 2, device=device, dtype=torch.float32) / self.rotary
         self.frequencies = 1.0 / c.get("rope_theta", 10000.0) ** steps
+        self.eps = c.get("norm_eps", 1e-5)
+        self.layers = [tuple(self.weights[f"model.layers.{layer}.{name}"] for name in LAYER_TENSORS)
+                       for layer in range(c["num_hidden_layers"])]
 
-    def norm(self, x, name):
-        weight = self.weights[name + ".weight"].float() + 1.0
-        return F.layer_norm(x.float(), (x.shape[-1],), weight, self.weights[name + ".bias"].float(),
-                            self.config.get("norm_eps", 1e-5)).to(self.dtype)
+    def compile(self):
+        """Has a layer compiled at its first call: one for all of them, which differ in their tensors only."""
+        self.block = torch.compile(self.block, dynamic=False)
+
+    def norm(self, x, weight, bias):
+        return F.layer_norm(x.float(), (x.shape[-1],), weight.float() + 1.0, bias.float(), self.eps).to(self.dtype)
 
     def rotate(self, x, positions):
         """x [B, T, heads, head_dim], positions [B, T]."""
@@ -64,30 +73,30 @@ class Nemotron:
         return (torch.zeros(shape, device=self.device, dtype=self.dtype),
                 torch.zeros(shape, device=self.device, dtype=self.dtype))
 
-    def forward(self, tokens, positions, cache=None, mask=None):
+    def block(self, x, positions, tensors, keys, values):
+        """One layer. `keys` and `values` are its cache [B, kv heads, length, head_dim], or None."""
+        norm_weight, norm_bias, wq, wk, wv, wo, post_weight, post_bias, up, down = tensors
+        batch, length, _ = x.shape
+        h = self.norm(x, norm_weight, norm_bias)
+        q, k, v = [F.linear(h, w).view(batch, length, -1, self.head_dim) for w in (wq, wk, wv)]
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        q, k, v = [t.transpose(1, 2) for t in (q, k, v)]
+        if keys is not None:
+            index = positions[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
+            keys.scatter_(2, index, k)
+            values.scatter_(2, index, v)
+            k, v = keys, values
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=keys is None, enable_gqa=True)
+        x = x + F.linear(attended.transpose(1, 2).reshape(batch, length, -1), wo)
+        h = F.relu(F.linear(self.norm(x, post_weight, post_bias), up)).square()
+        return x + F.linear(h, down)
+
+    def forward(self, tokens, positions, cache=None):
         """Logits [B, T, V]. Without a cache: causal over the tokens. With one: keys and values of row b are written at
-        positions[b, 0] (T = 1), and `mask` [B, 1, 1, length] says which slots are seen."""
-        w = self.weights
-        x = F.embedding(tokens, w["model.embed_tokens.weight"])
-        batch, length = tokens.shape
-        for layer in range(self.config["num_hidden_layers"]):
-            prefix = f"model.layers.{layer}."
-            h = self.norm(x, prefix + "input_layernorm")
-            q, k, v = [F.linear(h, w[f"{prefix}self_attn.{n}_proj.weight"]).view(batch, length, -1, self.head_dim)
-                       for n in "qkv"]
-            q, k = self.rotate(q, positions), self.rotate(k, positions)
-            q, k, v = [t.transpose(1, 2) for t in (q, k, v)]
-            if cache is not None:
-                index = positions[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
-                cache[0][layer].scatter_(2, index, k)
-                cache[1][layer].scatter_(2, index, v)
-                k, v = cache[0][layer], cache[1][layer]
-            groups = self.heads // self.kv_heads
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
-            attended = attended.transpose(1, 2).reshape(batch, length, -1)
-            x = x + F.linear(attended, w[prefix + "self_attn.o_proj.weight"])
-            h = self.norm(x, prefix + "post_attention_layernorm")
-            h = F.relu(F.linear(h, w[prefix + "mlp.up_proj.weight"])).square()
-            x = x + F.linear(h, w[prefix + "mlp.down_proj.weight"])
-        return F.linear(self.norm(x, "model.norm"), w["lm_head.weight"])
+        positions[b, 0] (T = 1), and every slot is seen."""
+        x = F.embedding(tokens, self.weights["model.embed_tokens.weight"])
+        for layer, tensors in enumerate(self.layers):
+            keys, values = (None, None) if cache is None else (cache[0][layer], cache[1][layer])
+            x = self.block(x, positions, tensors, keys, values)
+        x = self.norm(x, self.weights["model.norm.weight"], self.weights["model.norm.bias"])
+        return F.linear(x, self.weights["lm_head.weight"])

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Peers on the same machine, in the same run, on the same weights.
 
-    peers.py MODEL_DIR      prints JSON lines
+    peers.py MODEL_DIR [NAME]      prints JSON lines, of one peer or of all
 
 torch, recorded steps: a decode loop over a static cache, the whole step in one CUDA graph (eager where there is no
-device). transformers: its continuous batching. llama.cpp: llama-bench on the model as GGUF, both named by
+device). torch, compiled steps: the same with its layers compiled by torch.compile. transformers: its continuous batching. llama.cpp: llama-bench on the model as GGUF, both named by
 MINITRON_LLAMA_BENCH and MINITRON_LLAMA_GGUF. flashinfer, torch: their attention and products at the 8B's shapes. A peer
 that is not here, or does not take the model, is skipped with its reason.
 """
@@ -61,10 +61,9 @@ def decode_loop(torch, model, batch, context):
     cache = model.make_cache(batch, context)
     tokens = torch.full((batch, 1), 5, device=device)
     positions = torch.full((batch, 1), context - 1, device=device)
-    mask = torch.zeros((batch, 1, 1, context), device=device, dtype=model.dtype)
 
     def step():
-        tokens.copy_(model.forward(tokens, positions, cache, mask).argmax(-1))
+        tokens.copy_(model.forward(tokens, positions, cache).argmax(-1))
 
     if device == "cpu":
         return median_seconds(torch, step, 3)
@@ -85,15 +84,17 @@ def is_small(folder):
         return json.load(file)["hidden_size"] < 1024
 
 
-def torch_loop(name, folder):
+def torch_loop(name, folder, compiled=False):
     torch = need("torch")
     from nemotron_torch import Nemotron
     emit(kind="note", text=f"torch {torch.__version__}, cuda {torch.version.cuda}")
     small = is_small(folder)
     with torch.no_grad():
         model = Nemotron(folder, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+        if compiled:
+            model.compile()
         context = 64 if small else 512
-        for batch in (1, 4) if small else (1, 8, 32, 64):
+        for batch in (1, 4) if small else (1, 64) if compiled else (1, 8, 32, 64):
             try:
                 seconds = decode_loop(torch, model, batch, context)
             except torch.cuda.OutOfMemoryError:
@@ -102,18 +103,33 @@ def torch_loop(name, folder):
             emit(kind="peer", name=name, batch=batch, context=context, tokens_per_s=batch / seconds, ms=seconds * 1e3)
 
 
+def torch_compiled_loop(name, folder):
+    torch_loop(name, folder, compiled=True)
+
+
+def load_for_batching(torch, folder):
+    """transformers' model with the first paged attention it takes; versions name them differently."""
+    from transformers import NemotronForCausalLM
+    refusals = []
+    for attention in ("paged|sdpa", "sdpa", "sdpa_paged"):
+        try:
+            return NemotronForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda",
+                                                       attn_implementation=attention)
+        except (ImportError, AttributeError, ValueError, KeyError, OSError) as error:
+            refusals.append(f"{attention}: {error}"[:120])
+    raise Missing(f"transformers does not take it: {'; '.join(refusals)}")
+
+
 def transformers_batching(name, folder):
     """Output tokens per second of 64 requests of 512 tokens that generate 128."""
     torch = need("torch")
     need("transformers")
     need_cuda(torch)
-    try:
-        from transformers import GenerationConfig, NemotronForCausalLM
-        model = NemotronForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda",
-                                                    attn_implementation="sdpa_paged")
-        generate = model.generate_batch
-    except (ImportError, AttributeError, ValueError, OSError) as error:
-        raise Missing(f"transformers does not take it: {error}") from None
+    from transformers import GenerationConfig
+    model = load_for_batching(torch, folder)
+    generate = getattr(model, "generate_batch", None)
+    if generate is None:
+        raise Missing("transformers does not take it: it has no generate_batch")
     requests, prompt, output = 64, 512, 128
     vocab = model.config.vocab_size
     inputs = [[(7919 * r + 31 * t) % vocab for t in range(prompt)] for r in range(requests)]
@@ -123,6 +139,10 @@ def transformers_batching(name, folder):
         begin = time.perf_counter()
         results = generate(inputs=inputs, generation_config=config)
         seconds = time.perf_counter() - begin
+    # Without what it takes to start the batching, where the version says when requests came and went.
+    ends = [result.lifespan[1] for result in results.values() if getattr(result, "lifespan", (0, 0))[1] > begin]
+    if len(ends) == requests:
+        seconds = max(ends) - min(result.created_time for result in results.values())
     tokens = sum(len(result.generated_tokens) for result in results.values())
     emit(kind="peer", name=name, batch=requests, context=prompt, tokens_per_s=tokens / seconds, ms=seconds * 1e3)
 
@@ -184,14 +204,15 @@ def torch_kernels(name, _folder):
         emit(kind="peer_kernel", name="torch, matmul fc1", rows=rows, us=seconds * 1e6)
 
 
-PEERS = {"torch, recorded steps": torch_loop, "transformers, continuous batching": transformers_batching,
-         "llama.cpp": llama_cpp, "flashinfer, paged decode": flashinfer_kernels, "torch, sdpa": torch_kernels}
+PEERS = {"torch, recorded steps": torch_loop, "torch, sdpa": torch_kernels,
+         "transformers, continuous batching": transformers_batching, "torch, compiled steps": torch_compiled_loop,
+         "flashinfer, paged decode": flashinfer_kernels, "llama.cpp": llama_cpp}
 
 
 def main():
-    for name, measure in PEERS.items():
+    for name in sys.argv[2:] or PEERS:
         try:
-            measure(name, sys.argv[1])
+            PEERS[name](name, sys.argv[1])
         except Missing as why:
             emit(kind="skipped", name=name, why=str(why))
         except Exception as error:  # a peer's own trouble is no reason to lose the others

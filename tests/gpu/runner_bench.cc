@@ -7,9 +7,16 @@
 #include <memory>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "engine/model_runner.h"
+#include "tests/gpu/step_gaps.h"
+#if !defined(MINITRON_GPU_BENCH_WITHOUT_KERNELS)
+#include "tests/gpu/random_runner.h"
+#endif
 
 namespace minitron::gpu {
 namespace {
@@ -28,12 +35,39 @@ constexpr int kBlockSize = 32;
 constexpr int kMaxTokens = 2048;
 
 struct RunnerOptions {
-  std::string model, backend, weights = "none", kv = "bf16", launch = "plain";
+  std::string model, backend, weights = "none", kv = "bf16", launch = "plain", points = "full";
   int max_sequences = 256;
   int max_context = 0;
 };
 
-std::unique_ptr<ModelRunner> MakeRunner(const RunnerOptions& options) {
+struct Made {
+  std::unique_ptr<ModelRunner> runner;
+  std::shared_ptr<StepGaps> gaps;  // null: not to be had
+};
+
+absl::StatusOr<Made> MakeFrom(const std::string& model, const engine::EngineOptions& options) {
+  constexpr const char* kRandom = "random:";
+  if (model.starts_with(kRandom)) {
+#if defined(MINITRON_GPU_BENCH_WITHOUT_KERNELS)
+    return absl::UnimplementedError(model + ": made on a device, and this is built without");
+#else
+    if (options.quantization != Quantization::kOff) return absl::InvalidArgumentError(model + " is bf16");
+    auto random = MakeRandomRunner(model.substr(std::string(kRandom).size()), options);
+    if (!random.ok()) return random.status();
+    return Made{std::move(random->runner), std::move(random->gaps)};
+#endif
+  }
+#if defined(MINITRON_GPU_BENCH_WITHOUT_ENGINE)
+  return absl::UnimplementedError(model + ": this is built without the engine that reads it");
+#else
+  auto runner = engine::CreateModelRunner(options);
+  if (!runner.ok()) return runner.status();
+  return Made{*std::move(runner), nullptr};
+#endif
+}
+
+// Null when that failed, which is told.
+Made MakeRunner(const RunnerOptions& options) {
   engine::EngineOptions engine_options;
   engine_options.model_dir = options.model;
   engine_options.backend = options.backend == "cpu" ? Backend::kCpu : Backend::kCuda;
@@ -46,14 +80,12 @@ std::unique_ptr<ModelRunner> MakeRunner(const RunnerOptions& options) {
   engine_options.kv_cache_type = options.kv == "fp8" ? KvCacheType::kFp8 : KvCacheType::kBf16;
   engine_options.block_size = kBlockSize;
   engine_options.max_num_sequences = options.max_sequences;
-  engine_options.max_num_tokens = kMaxTokens;
   engine_options.max_context_tokens = options.max_context;
-  auto runner = engine::CreateModelRunner(engine_options);
-  if (!runner.ok()) {
-    std::fprintf(stderr, "minitron-gpu-bench: %s\n", runner.status().ToString().c_str());
-    return nullptr;
-  }
-  return *std::move(runner);
+  engine_options.max_num_tokens = options.points == "small" ? 64 : kMaxTokens;
+  auto made = MakeFrom(options.model, engine_options);
+  if (made.ok()) return *std::move(made);
+  std::fprintf(stderr, "minitron-gpu-bench: %s\n", made.status().ToString().c_str());
+  return {};
 }
 
 // Adds rows [first, first + count) of a sequence whose blocks are its own.
@@ -76,17 +108,19 @@ bool Run(ModelRunner& runner, const Batch& batch) { return runner.Submit(batch).
 double Fill(ModelRunner& runner, int first, int last, int context, int blocks_per_sequence) {
   const double begin = Now();
   for (int sequence = first; sequence < last; ++sequence) {
-    for (int position = 0; position < context; position += kMaxTokens) {
+    for (int position = 0; position < context; position += runner.max_num_tokens()) {
       Batch batch;
-      AddRows(batch, sequence, blocks_per_sequence, position, std::min(kMaxTokens, context - position), sequence);
+      AddRows(batch, sequence, blocks_per_sequence, position, std::min(runner.max_num_tokens(), context - position),
+              sequence);
       if (!Run(runner, batch)) return -1.0;
     }
   }
   return Now() - begin;
 }
 
-// Seconds per decode step of `size` sequences at a context, submitted ahead as the scheduler does.
-double TimeSteps(ModelRunner& runner, int size, int context, int blocks_per_sequence, int num_steps) {
+// Decode steps of `size` sequences at a context, submitted ahead as the scheduler does. Seconds of each; empty when the
+// runner failed.
+std::vector<double> RunSteps(ModelRunner& runner, int size, int context, int blocks_per_sequence, int num_steps) {
   const SamplingParams params{.temperature = 0.0f};
   Batch steps[2];
   for (int turn = 0; turn < 2; ++turn) {
@@ -97,64 +131,133 @@ double TimeSteps(ModelRunner& runner, int size, int context, int blocks_per_sequ
   }
   Batch first = steps[0];
   for (TokenId& token : first.token_ids) token = 5;
-  if (!runner.Submit(first).ok()) return -1.0;
+  if (!runner.Submit(first).ok()) return {};
   std::vector<double> times;
   for (int step = 0; step < num_steps; ++step) {
     const double begin = Now();
-    if (!runner.Submit(steps[step % 2]).ok() || !runner.Collect().ok()) return -1.0;
+    if (!runner.Submit(steps[step % 2]).ok() || !runner.Collect().ok()) return {};
     times.push_back(Now() - begin);
   }
-  if (!runner.Collect().ok()) return -1.0;
-  std::nth_element(times.begin(), times.begin() + static_cast<int64_t>(times.size() / 2), times.end());
-  return times[times.size() / 2];
+  if (!runner.Collect().ok()) return {};
+  return times;
 }
+
+double Percentile(std::vector<double>& values, double share) {
+  if (values.empty()) return 0.0;
+  const auto at = values.begin() + static_cast<int64_t>(share * static_cast<double>(values.size() - 1));
+  std::nth_element(values.begin(), at, values.end());
+  return *at;
+}
+
+// Where decode steps are measured. Contexts ascend; a batch of `most_tokens` tokens in all is the largest.
+struct Points {
+  std::vector<int> contexts, sizes, gap_sizes;
+  int64_t most_tokens;
+  int num_steps, num_gap_steps;
+  int prefill_size;  // when the cache is filled up to this many, the time is the prompts'
+};
+Points PointsOf(const std::string& name) {
+  if (name == "small") return {{32, 64}, {1, 4}, {4}, 1 << 20, 3, 5, 4};
+  if (name == "brief") return {{512}, {1, 8, 64}, {}, 160 << 10, 30, 0, 8};
+  return {{512, 2048}, {1, 4, 8, 16, 32, 64, 128, 256}, {1, 64, 256}, 160 << 10, 30, 300, 8};
+}
+
+class StepBench {
+ public:
+  StepBench(const RunnerOptions& options, Made made)
+      : options_(options), points_(PointsOf(options.points)), made_(std::move(made)) {}
+
+  // What of the contexts lies in the cache is kept from one size to the next. False: the runner failed.
+  bool Run() {
+    ModelRunner& runner = *made_.runner;
+    for (const int context : points_.contexts) {
+      const int blocks = (context + kBlockSize - 1) / kBlockSize;
+      int filled = 0;
+      for (const int size : points_.sizes) {
+        if (size > options_.max_sequences || int64_t{size} * blocks > runner.num_kv_blocks()) break;
+        if (int64_t{size} * context > points_.most_tokens) break;
+        const double fill_s = Fill(runner, filled, size, context, blocks);
+        if (fill_s < 0.0) return false;
+        if (size == points_.prefill_size) Print("prefill", PrefillText(context, size - filled, fill_s));
+        filled = size;
+        std::vector<double> times = RunSteps(runner, size, context, blocks, points_.num_steps);
+        if (times.empty()) return false;
+        Print("step", PointText(size, context) + Number(", \"ms\": %.4f", Percentile(times, 0.5) * 1e3));
+        const bool wanted = context == points_.contexts.front() &&
+                            std::count(points_.gap_sizes.begin(), points_.gap_sizes.end(), size) > 0;
+        if (made_.gaps != nullptr && wanted && !Gaps(size, context, blocks)) return false;
+      }
+    }
+    return true;
+  }
+
+  void Print(const char* kind, const std::string& rest) const {
+    std::printf("{\"kind\": \"%s\", \"weights\": \"%s\", \"kv\": \"%s\", \"launch\": \"%s\", %s}\n", kind,
+                options_.weights == "none" ? "bf16" : options_.weights.c_str(), options_.kv.c_str(),
+                options_.launch.c_str(), rest.c_str());
+    std::fflush(stdout);
+  }
+  static std::string Number(const char* format, double value) {
+    char text[64];
+    std::snprintf(text, sizeof(text), format, value);
+    return text;
+  }
+
+ private:
+  static std::string PointText(int size, int context) {
+    return "\"batch\": " + std::to_string(size) + ", \"context\": " + std::to_string(context);
+  }
+  static std::string PrefillText(int context, int prompts, double seconds) {
+    return "\"prompt\": " + std::to_string(context) + Number(", \"tokens_per_s\": %.1f", prompts * context / seconds);
+  }
+
+  // A run of its own: the marks are work for the device as well.
+  bool Gaps(int size, int context, int blocks) {
+    if (!made_.gaps->Watch(points_.num_gap_steps).ok()) return false;
+    if (RunSteps(*made_.runner, size, context, blocks, points_.num_gap_steps).empty()) return false;
+    const auto gaps = made_.gaps->Gaps();
+    if (!gaps.ok()) return false;
+    std::vector<double> idle, wait, forward, sampling;
+    for (const StepGap& gap : *gaps) {
+      idle.push_back(gap.idle_us());
+      wait.push_back(gap.wait_us);
+      forward.push_back(gap.forward_us);
+      sampling.push_back(gap.sampling_us);
+    }
+    Print("gap", PointText(size, context) + ", \"steps\": " + std::to_string(idle.size()) +
+                     Number(", \"idle_p50_us\": %.2f", Percentile(idle, 0.5)) +
+                     Number(", \"idle_p99_us\": %.2f", Percentile(idle, 0.99)) +
+                     Number(", \"wait_p99_us\": %.2f", Percentile(wait, 0.99)) +
+                     Number(", \"forward_us\": %.2f", Percentile(forward, 0.5)) +
+                     Number(", \"sampling_us\": %.2f", Percentile(sampling, 0.5)));
+    return true;
+  }
+
+  const RunnerOptions options_;
+  const Points points_;
+  const Made made_;
+};
 
 int Steps(const RunnerOptions& given) {
   RunnerOptions options = given;
-  const bool small = options.backend == "cpu";
-  const std::vector<int> contexts = small ? std::vector<int>{32, 64} : std::vector<int>{512, 2048};
-  options.max_context = contexts.back() + kBlockSize;
-  options.max_sequences = small ? 4 : 256;
+  options.max_context = PointsOf(options.points).contexts.back() + kBlockSize;
+  options.max_sequences = options.points == "small" ? 4 : options.points == "brief" ? 64 : 256;
   const double begin = Now();
-  const auto runner = MakeRunner(options);
-  if (runner == nullptr) return 1;
-  const std::string weights = options.weights == "none" ? "bf16" : options.weights;
-  const auto print = [&](const char* kind, const std::string& rest) {
-    std::printf("{\"kind\": \"%s\", \"weights\": \"%s\", \"kv\": \"%s\", \"launch\": \"%s\", %s}\n", kind,
-                weights.c_str(), options.kv.c_str(), options.launch.c_str(), rest.c_str());
-    std::fflush(stdout);
-  };
-  char text[256];
-  std::snprintf(text, sizeof(text), "\"seconds\": %.3f, \"blocks\": %d, \"weight_bytes\": %lld", Now() - begin,
-                runner->num_kv_blocks(), static_cast<long long>(runner->model_info().weight_bytes));
-  print("load_model", text);
-  for (const int context : contexts) {
-    const int blocks = (context + kBlockSize - 1) / kBlockSize;
-    int filled = 0;
-    for (const int size : {1, 4, 8, 16, 32, 64, 128, 256}) {
-      // What the cache holds; at long contexts up to what fills in a few seconds.
-      if (size > options.max_sequences || int64_t{size} * blocks > runner->num_kv_blocks()) break;
-      if (int64_t{size} * context > (160 << 10)) break;
-      const double fill_s = Fill(*runner, filled, size, context, blocks);
-      if (fill_s < 0.0) return 1;
-      if (size == 8) {
-        std::snprintf(text, sizeof(text), "\"prompt\": %d, \"tokens_per_s\": %.1f", context, 4.0 * context / fill_s);
-        print("prefill", text);
-      }
-      filled = size;
-      const double step_s = TimeSteps(*runner, size, context, blocks, small ? 3 : 30);
-      if (step_s < 0.0) return 1;
-      std::snprintf(text, sizeof(text), "\"batch\": %d, \"context\": %d, \"ms\": %.4f", size, context, step_s * 1e3);
-      print("step", text);
-    }
-  }
-  return 0;
+  Made made = MakeRunner(options);
+  if (made.runner == nullptr) return 1;
+  const std::string loaded = StepBench::Number("\"seconds\": %.3f", Now() - begin) +
+                             ", \"blocks\": " + std::to_string(made.runner->num_kv_blocks()) +
+                             ", \"weight_bytes\": " + std::to_string(made.runner->model_info().weight_bytes);
+  StepBench bench(options, std::move(made));
+  bench.Print("load_model", loaded);
+  return bench.Run() ? 0 : 1;
 }
 
 int Score(const RunnerOptions& given, const std::string& file_name) {
   RunnerOptions options = given;
   options.max_sequences = 1;
-  const auto runner = MakeRunner(options);
+  const Made made = MakeRunner(options);
+  ModelRunner* const runner = made.runner.get();
   if (runner == nullptr) return 1;
   std::ifstream file(file_name);
   for (std::string line; std::getline(file, line);) {
@@ -190,7 +293,8 @@ int RunnerSteps(const std::vector<std::string>& arguments) {
                 .backend = arguments[1],
                 .weights = arguments[2],
                 .kv = arguments[3],
-                .launch = arguments[4]});
+                .launch = arguments[4],
+                .points = arguments[5]});
 }
 
 int RunnerScore(const std::vector<std::string>& arguments) {

@@ -1,3 +1,4 @@
+#include "tests/bench/random_value.h"
 #include "tests/gpu/stream_kernels.h"
 
 namespace minitron::gpu {
@@ -30,7 +31,51 @@ KERNEL(kReadThreads) ReadKernel(const unsigned char* data, int64_t num_vectors, 
   if (Lane() == 0) AtomicOr(result, sum);
 }
 
+constexpr int kFillThreads = 256;
+constexpr int kFillBlocks = 4096;  // the rest in a loop
+
+KERNEL(kFillThreads) FillBf16Kernel(uint64_t seed, int64_t count, float scale, Bf16* out) {
+  const int64_t stride = static_cast<int64_t>(GridDim().x) * kFillThreads * 8;
+  for (int64_t i = (static_cast<int64_t>(BlockIndex().x) * kFillThreads + ThreadIndex().x) * 8; i < count;
+       i += stride) {
+    Vector16 vector;
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t low = bench::RandomBf16Value(seed, i + 2 * j, scale);
+      vector.words[j] = low | static_cast<uint32_t>(bench::RandomBf16Value(seed, i + 2 * j + 1, scale)) << 16;
+    }
+    if (i + 8 <= count) {
+      Store16(out + i, vector);
+    } else {
+      for (int64_t j = i; j < count; ++j) {
+        out[j] = Bf16{static_cast<uint16_t>(vector.words[(j - i) / 2] >> ((j - i) % 2 * 16))};
+      }
+    }
+  }
+}
+
+KERNEL(kFillThreads) FillFloatKernel(uint64_t seed, int64_t count, float scale, float* out) {
+  const int64_t stride = static_cast<int64_t>(GridDim().x) * kFillThreads;
+  for (int64_t i = static_cast<int64_t>(BlockIndex().x) * kFillThreads + ThreadIndex().x; i < count; i += stride) {
+    out[i] = BitsToFloat(static_cast<uint32_t>(bench::RandomBf16Value(seed, i, scale)) << 16);
+  }
+}
+
+unsigned FillBlocks(int64_t count, int per_block) {
+  const int64_t blocks = (count + per_block - 1) / per_block;
+  return static_cast<unsigned>(blocks < kFillBlocks ? blocks : kFillBlocks);
+}
+
 }  // namespace
+
+cudaError_t FillRandom(uint64_t seed, int64_t count, float scale, Bf16* out, cudaStream_t stream) {
+  return Launch(&FillBf16Kernel, {FillBlocks(count, kFillThreads * 8)}, {kFillThreads}, 0, stream, seed, count, scale,
+                out);
+}
+cudaError_t FillRandom(uint64_t seed, int64_t count, float scale, float* out, cudaStream_t stream) {
+  return Launch(&FillFloatKernel, {FillBlocks(count, kFillThreads)}, {kFillThreads}, 0, stream, seed, count, scale,
+                out);
+}
 
 cudaError_t ReadAll(const unsigned char* data, int64_t num_bytes, uint32_t* result, int num_blocks,
                     cudaStream_t stream) {

@@ -5,6 +5,8 @@
 // buffer too early sends the wrong ones. Capturing records closures with their arguments by value; launching a graph
 // enqueues them: what was read on the host while capturing is frozen, as on a device.
 //
+// The device's time is the work of the stream, a microsecond for each copy, fill, kernel or graph.
+//
 // Device memory is filled with NaN when allocated and lies between guard zones, which are checked when a stream has run
 // and when the memory is freed. A copy or fill outside of it is refused with cudaErrorInvalidValue.
 #pragma once
@@ -70,6 +72,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end);
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags);

@@ -118,6 +118,15 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return cudaSuccess;
 }
 
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
+  RETURN_IF_PLANTED();
+  if (ms == nullptr || begin == nullptr || end == nullptr) return cudaErrorInvalidValue;
+  if (begin->stream == nullptr || begin->stream != end->stream) return cudaErrorInvalidValue;
+  if (begin->stream->num_done < end->position || begin->stream->num_done < begin->position) return cudaErrorNotReady;
+  *ms = 1e-3f * static_cast<float>(static_cast<int64_t>(end->position - begin->position));
+  return cudaSuccess;
+}
+
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   RETURN_IF_PLANTED();
   if (stream == nullptr || event == nullptr) return cudaErrorInvalidValue;

@@ -6,6 +6,8 @@
 # make mutants plants bugs into the scheduler, checks that the simulator finds them, rewrites the table
 # make lint    formatting and static analysis      make format  formats the sources
 # make bench   measures the CPU engine against the limits of this machine (random weights, below build/bench)
+# make bench-peers PEER=DIR   the same engine beside llama.cpp's build in DIR, then both servers (tests/bench/peers/README.md)
+# make bench-8b   Minitron-8B's shape on this machine in every weight format: time to ready, memory, speed
 # make image   builds the container image (docker, podman or buildah; BASE=debootstrap needs no registry)
 # make soak    the long runs of the abuse and restart tests      make test-image  builds, runs and inspects the image
 # make test-perf-analyzer   NVIDIA's perf_analyzer and genai-perf against the server; takes 1 GB from PyPI
@@ -15,6 +17,7 @@
 # make soak-sim HOURS=1   simulates the scheduler for that long, on JOBS cores
 #
 # Variables: MODEL=DIR PROMPT=TEXT PORT=N METRICS_PORT=N JOBS=N HOURS=N TARGET=cpu|cuda (of image and test-image)
+#            PEER=DIR PEER_FLAGS=... (of bench-peers)
 
 export PATH := $(CURDIR)/build/tools:$(PATH)
 JOBS ?= $(shell nproc)
@@ -26,13 +29,13 @@ PORT ?= 50051
 METRICS_PORT ?= 9090
 SANITIZED_ROOMS ?= engine|scheduler|simulation|server|clients
 
-.PHONY: help bench bench-scheduling cuda-tables mutants build demo serve test test-release test-asan test-tsan lint format clean soak-sim \
-  test-page test-perf-analyzer gpu-bundle image test-image soak deps-build deps-test deps-clients deps-browser deps-perf deps-lint deps-image
+.PHONY: help bench bench-8b bench-peers bench-scheduling cuda-tables mutants build demo serve test test-release test-asan test-tsan lint format clean soak-sim \
+  test-page test-perf-analyzer gpu-bundle image test-image soak deps-build deps-test deps-clients deps-browser deps-perf deps-lint deps-image deps-peers
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
-deps-build deps-test deps-clients deps-browser deps-perf deps-lint deps-image:
+deps-build deps-test deps-clients deps-browser deps-perf deps-lint deps-image deps-peers:
 	@deploy/install-deps.sh build $(patsubst deps-%,%,$@)
 
 # The two programs of the product, without the tests.
@@ -105,6 +108,20 @@ bench: deps-test
 	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
 	@cmake --build --preset release -j $(JOBS) --target minitron-bench-engine minitron-make-checkpoint
 	@tests/bench/run.sh build/release/bin build/bench
+
+# Takes a quarter of an hour on two cores. PEER_FLAGS: flags of compare.py, for example --target AVX2.
+bench-peers: deps-test deps-peers
+	@test -n "$(PEER)" || { echo "make bench-peers needs PEER=DIR, a build of llama.cpp: tests/bench/peers/README.md" >&2; exit 2; }
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
+	@cmake --build --preset release -j $(JOBS) --target minitron-bench-engine minitron-make-checkpoint minitron-server minitron-bench
+	@tests/bench/peers/compare.py --peer "$(PEER)" $(PEER_FLAGS)
+	@tests/bench/peers/serve.py --peer "$(PEER)"
+
+# Minitron-8B's shape through the real server. Needs 24 GB of memory, 32 GB of disk below build/bench and some minutes.
+bench-8b: deps-test
+	@cmake --preset release --log-level=WARNING -DMINITRON_TESTS=ON
+	@cmake --build --preset release -j $(JOBS) --target minitron-bench-engine minitron-make-checkpoint minitron-server minitron
+	@tests/bench/peers/large.py
 
 # Needs the CUDA toolkit here, and there only a driver and the toolkit's cublasLt.
 gpu-bundle: deps-test

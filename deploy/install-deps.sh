@@ -2,13 +2,14 @@
 # Installs what the project needs from the distribution (Debian 12, Ubuntu 24.04). Idempotent, asks nothing, and does
 # not touch the package manager when everything is there.
 #
-# Usage: deploy/install-deps.sh [build] [test] [clients] [image] [browser] [perf] [lint] [golden]     (default: build)
+# Usage: deploy/install-deps.sh [build] [test] [clients] [image] [browser] [perf] [peers] [lint] [golden]     (default: build)
 #   build   compilers and libraries for the server and the clients
 #   test    GoogleTest, Google Benchmark, Prometheus, promtool and HAProxy (in build/tools), Python with gRPC and YAML
 #   clients the foreign clients of the integration tests, from PyPI, and clients/python, into build/venv
 #   image   buildah and debootstrap, to build the image without a registry
 #   browser Chromium and its driver from PyPI (build/venv-browser), to test the page as a person sees it
 #   perf    NVIDIA's perf_analyzer and genai-perf from PyPI (build/venv-perf)
+#   peers   the writer of llama.cpp's files from PyPI (build/venv-peers), for tests/bench/peers
 #   lint    clang-format and clang-tidy
 #   golden  PyTorch, only to make the golden files anew (tests/engine/goldens)
 set -euo pipefail
@@ -27,6 +28,7 @@ clients_packages=(python3 python3-venv)
 image_packages=(buildah debootstrap crun)
 browser_packages=(chromium fonts-dejavu-core python3 python3-venv)
 perf_packages=(libb64-0d python3 python3-venv)
+peers_packages=(python3 python3-venv)
 lint_packages=(clang-format clang-tidy)
 golden_packages=(python3 python3-venv python3-torch)
 
@@ -41,10 +43,11 @@ for group in "${@:-build}"; do
     image) packages+=("${image_packages[@]}") ;;
     browser) packages+=("${browser_packages[@]}") venvs+=(browser) ;;
     perf) packages+=("${perf_packages[@]}") venvs+=(perf) ;;
+    peers) packages+=("${peers_packages[@]}") venvs+=(peers) ;;
     lint) packages+=("${lint_packages[@]}") ;;
     golden) packages+=("${golden_packages[@]}") ;;
     *)
-      echo "install-deps: unknown group '$group' (build, test, clients, image, browser, perf, lint, golden)" >&2
+      echo "install-deps: unknown group '$group' (build, test, clients, image, browser, perf, peers, lint, golden)" >&2
       exit 2
       ;;
   esac
@@ -114,6 +117,7 @@ for name in "${venvs[@]}"; do
     clients) requirements=$top/tests/integration/python/requirements.txt venv=$top/build/venv ;;
     browser) requirements=$top/tests/integration/python/requirements-browser.txt venv=$top/build/venv-browser ;;
     perf) requirements=$top/tests/integration/python/requirements-perf.txt venv=$top/build/venv-perf ;;
+    peers) requirements=$top/tests/bench/peers/requirements.txt venv=$top/build/venv-peers ;;
   esac
   cmp -s "$requirements" "$venv/installed.txt" && continue
   echo "install-deps: installing $(basename "$requirements") into build/$(basename "$venv")"

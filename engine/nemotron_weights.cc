@@ -24,6 +24,27 @@ constexpr float kMaxScale = 1e30f;  // times the largest code it is finite
 constexpr const char* kUnusedSuffixes[] = {".rotary_emb.inv_freq", ".input_scale", ".k_scale", ".v_scale", ".kv_scale",
                                            ".output_scale"};
 
+// The matrices of a layer: names behind "model.layers.N." and shapes.
+struct LayerMatrix {
+  WeightView LayerWeights::*view;
+  const char* name;
+  int64_t (*rows)(const NemotronConfig&);
+  int64_t (*cols)(const NemotronConfig&);
+};
+constexpr auto kHidden = [](const NemotronConfig& c) -> int64_t { return c.hidden_size; };
+constexpr auto kInner = [](const NemotronConfig& c) -> int64_t { return c.intermediate_size; };
+constexpr auto kQueries = [](const NemotronConfig& c) -> int64_t { return c.query_width(); };
+constexpr auto kKeys = [](const NemotronConfig& c) -> int64_t { return c.key_value_width(); };
+constexpr LayerMatrix kLayerMatrices[] = {{&LayerWeights::q_proj, "self_attn.q_proj.weight", kQueries, kHidden},
+                                          {&LayerWeights::k_proj, "self_attn.k_proj.weight", kKeys, kHidden},
+                                          {&LayerWeights::v_proj, "self_attn.v_proj.weight", kKeys, kHidden},
+                                          {&LayerWeights::o_proj, "self_attn.o_proj.weight", kHidden, kQueries},
+                                          {&LayerWeights::up_proj, "mlp.up_proj.weight", kInner, kHidden},
+                                          {&LayerWeights::down_proj, "mlp.down_proj.weight", kHidden, kInner}};
+constexpr const char* kEmbedding = "model.embed_tokens.weight";
+constexpr const char* kHead = "lm_head.weight";
+std::string LayerPrefix(size_t index) { return absl::StrCat("model.layers.", index, "."); }
+
 bool IsUnused(const std::string& name) {
   return std::any_of(std::begin(kUnusedSuffixes), std::end(kUnusedSuffixes),
                      [&name](const char* suffix) { return absl::EndsWith(name, suffix); });
@@ -46,7 +67,7 @@ class Mapper {
   }
   absl::Status TakeScales(const std::string& name, WeightView& view);
   absl::Status Norm(const std::string& prefix, WeightView& weight, WeightView& bias);
-  absl::Status MapLayer(int index, LayerWeights& layer);
+  absl::Status MapLayer(size_t index, LayerWeights& layer);
   absl::Status CheckNoneLeft() const;
 
   const Checkpoint& checkpoint_;
@@ -118,18 +139,13 @@ absl::Status Mapper::Norm(const std::string& prefix, WeightView& weight, WeightV
   return absl::InvalidArgumentError(absl::StrCat("tensors of ", prefix, " are fp8, expected bf16, f16 or f32"));
 }
 
-absl::Status Mapper::MapLayer(int index, LayerWeights& layer) {
-  const std::string prefix = absl::StrCat("model.layers.", index, ".");
-  const int64_t hidden = config_.hidden_size, intermediate = config_.intermediate_size;
-  const int64_t query = config_.query_width(), key_value = config_.key_value_width();
+absl::Status Mapper::MapLayer(size_t index, LayerWeights& layer) {
+  const std::string prefix = LayerPrefix(index);
   RETURN_IF_ERROR(Norm(prefix + "input_layernorm", layer.input_norm_weight, layer.input_norm_bias));
-  RETURN_IF_ERROR(Matrix(prefix + "self_attn.q_proj.weight", query, hidden, layer.q_proj));
-  RETURN_IF_ERROR(Matrix(prefix + "self_attn.k_proj.weight", key_value, hidden, layer.k_proj));
-  RETURN_IF_ERROR(Matrix(prefix + "self_attn.v_proj.weight", key_value, hidden, layer.v_proj));
-  RETURN_IF_ERROR(Matrix(prefix + "self_attn.o_proj.weight", hidden, query, layer.o_proj));
-  RETURN_IF_ERROR(Norm(prefix + "post_attention_layernorm", layer.post_norm_weight, layer.post_norm_bias));
-  RETURN_IF_ERROR(Matrix(prefix + "mlp.up_proj.weight", intermediate, hidden, layer.up_proj));
-  return Matrix(prefix + "mlp.down_proj.weight", hidden, intermediate, layer.down_proj);
+  for (const LayerMatrix& m : kLayerMatrices) {
+    RETURN_IF_ERROR(Matrix(prefix + m.name, m.rows(config_), m.cols(config_), layer.*m.view));
+  }
+  return Norm(prefix + "post_attention_layernorm", layer.post_norm_weight, layer.post_norm_bias);
 }
 
 absl::Status Mapper::CheckNoneLeft() const {
@@ -144,11 +160,11 @@ absl::Status Mapper::CheckNoneLeft() const {
 }
 
 absl::StatusOr<NemotronWeights> Mapper::Map() {
-  RETURN_IF_ERROR(Matrix("model.embed_tokens.weight", config_.vocab_size, config_.hidden_size, weights_.embedding));
+  RETURN_IF_ERROR(Matrix(kEmbedding, config_.vocab_size, config_.hidden_size, weights_.embedding));
   weights_.layers.resize(config_.num_layers);
-  for (int i = 0; i < config_.num_layers; ++i) RETURN_IF_ERROR(MapLayer(i, weights_.layers[i]));
+  for (size_t i = 0; i < weights_.layers.size(); ++i) RETURN_IF_ERROR(MapLayer(i, weights_.layers[i]));
   RETURN_IF_ERROR(Norm("model.norm", weights_.final_norm_weight, weights_.final_norm_bias));
-  RETURN_IF_ERROR(Matrix("lm_head.weight", config_.vocab_size, config_.hidden_size, weights_.lm_head));
+  RETURN_IF_ERROR(Matrix(kHead, config_.vocab_size, config_.hidden_size, weights_.lm_head));
   RETURN_IF_ERROR(CheckNoneLeft());
   weights_.matrix_dtype = weights_.lm_head.dtype;
   weights_.scales = std::move(scales_);
@@ -164,9 +180,20 @@ absl::StatusOr<NemotronWeights> MapNemotronWeights(const Checkpoint& checkpoint,
 bool NemotronWeights::has_fp8() const {
   const auto is_fp8 = [](const WeightView& view) { return view.dtype == DType::kE4m3; };
   return is_fp8(embedding) || is_fp8(lm_head) || std::any_of(layers.begin(), layers.end(), [&](const LayerWeights& w) {
-           return is_fp8(w.q_proj) || is_fp8(w.k_proj) || is_fp8(w.v_proj) || is_fp8(w.o_proj) || is_fp8(w.up_proj) ||
-                  is_fp8(w.down_proj);
+           return std::any_of(std::begin(kLayerMatrices), std::end(kLayerMatrices),
+                              [&](const LayerMatrix& m) { return is_fp8(w.*m.view); });
          });
+}
+
+std::string NemotronWeights::NameOf(const void* data) const {
+  if (data == embedding.data) return kEmbedding;
+  if (data == lm_head.data) return kHead;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    for (const LayerMatrix& m : kLayerMatrices) {
+      if ((layers[i].*m.view).data == data) return LayerPrefix(i) + m.name;
+    }
+  }
+  return "";
 }
 
 ModelInfo DescribeModel(const NemotronConfig& config, const NemotronWeights& weights, int max_context_tokens) {

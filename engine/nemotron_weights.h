@@ -3,6 +3,7 @@
 
 #include <deque>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -35,6 +36,8 @@ struct NemotronWeights {
 
   // Whether any matrix is in E4M3.
   bool has_fp8() const;
+  // The name, as in checkpoints, of the matrix whose numbers lie at `data`; empty: none of them.
+  std::string NameOf(const void* data) const;
 };
 
 // Finds all tensors. A matrix in E4M3 has its scale beside it, NAME_scale with one number or one for each output.

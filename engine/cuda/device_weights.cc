@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <initializer_list>
 #include <thread>
@@ -118,37 +119,48 @@ struct Piece {
   int64_t num_bytes() const { return count * unit_bytes; }
 };
 
+// The first number of rows [first_row, ...) of a matrix that is none. Quantized it would pass for one.
+absl::Status CheckFinite(const WeightView& matrix, int64_t first_row, const std::vector<float>& numbers,
+                         int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (std::isfinite(numbers[i])) continue;
+    return absl::InvalidArgumentError(absl::StrCat(numbers[i], " at [", first_row + i / matrix.cols, ", ",
+                                                   i % matrix.cols, "]: only finite weights can be quantized"));
+  }
+  return absl::OkStatus();
+}
+
 // Rows of E4M3, then their scales.
-void ConvertToE4m3(const Piece& piece, std::vector<float>& row, unsigned char* out) {
+absl::Status ConvertToE4m3(const Piece& piece, std::vector<float>& row, unsigned char* out) {
   const int64_t depth = piece.source.cols;
   auto* scales = reinterpret_cast<float*>(out + piece.num_bytes());
   if (piece.source.dtype == DType::kE4m3) {
     std::memcpy(out, static_cast<const unsigned char*>(piece.source.data) + piece.first * depth,
                 static_cast<size_t>(piece.num_bytes()));
     std::copy_n(piece.source.scales + piece.first, piece.count, scales);
-    return;
+    return absl::OkStatus();
   }
   row.resize(static_cast<size_t>(depth));
   for (int64_t r = 0; r < piece.count; ++r) {
     ConvertToFloat(piece.source, (piece.first + r) * depth, depth, row.data());
+    RETURN_IF_ERROR(CheckFinite(piece.source, piece.first + r, row, depth));
     scales[r] = QuantizeE4m3Row(row.data(), depth, out + r * depth);
   }
+  return absl::OkStatus();
 }
 
-// Writes the piece as it lies on the device. `rows` is work space.
-void Convert(const Piece& piece, std::vector<float>& rows, unsigned char* out) {
+// Writes the piece as it lies on the device. `rows` is work space. Error: INVALID_ARGUMENT for what is to be quantized
+// and not finite.
+absl::Status Convert(const Piece& piece, std::vector<float>& rows, unsigned char* out) {
   if (piece.type == DType::kBf16) {
     ConvertToBf16(piece.source, piece.first, piece.count, reinterpret_cast<uint16_t*>(out));
-    return;
+    return absl::OkStatus();
   }
   if (piece.type == DType::kF32) {
     ConvertToFloat(piece.source, piece.first, piece.count, reinterpret_cast<float*>(out));
-    return;
+    return absl::OkStatus();
   }
-  if (piece.type == DType::kE4m3) {
-    ConvertToE4m3(piece, rows, out);
-    return;
-  }
+  if (piece.type == DType::kE4m3) return ConvertToE4m3(piece, rows, out);
   const int64_t depth = piece.source.cols;
   const bool keeps_codes = piece.type == DType::kE4m3Tiles && piece.source.dtype == DType::kE4m3;
   rows.resize(static_cast<size_t>(kTileRows * depth));
@@ -160,8 +172,10 @@ void Convert(const Piece& piece, std::vector<float>& rows, unsigned char* out) {
       continue;
     }
     ConvertToFloat(piece.source, first_row * depth, count * depth, rows.data());
+    RETURN_IF_ERROR(CheckFinite(piece.source, first_row, rows, count * depth));
     QuantizeTile(FormatOf(piece.type), rows.data(), static_cast<int>(count), static_cast<int>(depth), out);
   }
+  return absl::OkStatus();
 }
 
 // Pieces handed out one by one to the threads that copy them.
@@ -187,6 +201,10 @@ class PieceQueue {
 // and f32 are rounded to bf16, matrices quantized). Any one thread.
 class Uploader {
  public:
+  // `host`: names tensors in errors.
+  explicit Uploader(const NemotronWeights& host) : host_(host) {}
+  Uploader(const Uploader&) = delete;
+  Uploader& operator=(const Uploader&) = delete;
   ~Uploader() {
     if (stream_.get() != nullptr) cudaStreamSynchronize(stream_.get());  // copies read the staging memory
   }
@@ -209,7 +227,11 @@ class Uploader {
 
   absl::Status Copy(const Piece& piece, const Turn& turn) {
     RETURN_IF_ERROR(ToStatus(cudaEventSynchronize(turn.crossed.get()), "wait for a copy"));
-    Convert(piece, rows_, turn.staging.data());
+    const absl::Status converted = Convert(piece, rows_, turn.staging.data());
+    if (!converted.ok()) {
+      return absl::Status(converted.code(),
+                          absl::StrCat("tensor ", host_.NameOf(piece.source.data), " has ", converted.message()));
+    }
     const auto copy = [this](void* to, const unsigned char* from, int64_t num_bytes) {
       return ToStatus(cudaMemcpyAsync(to, from, static_cast<size_t>(num_bytes), cudaMemcpyHostToDevice, stream_.get()),
                       "copy to device");
@@ -222,19 +244,20 @@ class Uploader {
     return ToStatus(cudaEventRecord(turn.crossed.get(), stream_.get()), "record event");
   }
 
+  const NemotronWeights& host_;
   std::vector<float> rows_;
   Turn turns_[2];
   Stream stream_;
 };
 
-absl::Status UploadPieces(PieceQueue& queue, int64_t staging_bytes, int most_threads) {
+absl::Status UploadPieces(const NemotronWeights& host, PieceQueue& queue, int64_t staging_bytes, int most_threads) {
   const auto num_threads = static_cast<size_t>(std::clamp<int64_t>(queue.size(), 1, most_threads));
   std::vector<absl::Status> statuses(num_threads);
   std::vector<std::thread> threads;
   threads.reserve(num_threads);
   for (absl::Status& status : statuses) {
-    threads.emplace_back([&queue, staging_bytes, &status] {
-      status = Uploader().Run(queue, staging_bytes);
+    threads.emplace_back([&host, &queue, staging_bytes, &status] {
+      status = Uploader(host).Run(queue, staging_bytes);
       if (!status.ok()) queue.Fail();
     });
   }
@@ -319,7 +342,7 @@ absl::StatusOr<DeviceWeights> DeviceWeights::Upload(const NemotronWeights& host,
   const int most_threads = quantization == Quantization::kOff && !host.has_fp8()
                                ? kCopyThreads
                                : std::clamp(num_cores, kCopyThreads, kMaxQuantizeThreads);
-  RETURN_IF_ERROR(UploadPieces(queue, staging_bytes, most_threads));
+  RETURN_IF_ERROR(UploadPieces(host, queue, staging_bytes, most_threads));
   return device;
 }
 

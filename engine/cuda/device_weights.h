@@ -20,7 +20,8 @@ class DeviceWeights {
  public:
   // Copies every tensor by several threads, each through two pinned buffers that take turns: while one crosses, the
   // other is filled (f16 and f32 rounded to bf16, matrices quantized). The memory is allocated and the threads end
-  // before it returns. Errors: as ToStatus; RESOURCE_EXHAUSTED when the weights do not fit.
+  // before it returns. Errors: as ToStatus; RESOURCE_EXHAUSTED when the weights do not fit;
+  // INVALID_ARGUMENT for NaN or infinity in a matrix that is to be quantized (names the tensor and the place).
   static absl::StatusOr<DeviceWeights> Upload(const NemotronWeights& host, Quantization quantization);
 
   // What Upload allocates.

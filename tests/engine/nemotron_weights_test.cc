@@ -80,6 +80,23 @@ TEST(NemotronWeights, MapsEveryRoleAndCounts) {
   EXPECT_EQ(weights->num_bytes, 2 * weights->num_parameters);
 }
 
+TEST(NemotronWeights, MatricesAreNamedByWhereTheirNumbersLie) {
+  FakeCheckpoint checkpoint;
+  FillSmall(checkpoint);
+  auto weights = MapNemotronWeights(checkpoint, SmallConfig());
+  ASSERT_TRUE(weights.ok()) << weights.status();
+  const float numbers[5] = {};
+  weights->embedding.data = &numbers[0];
+  weights->layers[0].k_proj.data = &numbers[1];
+  weights->layers[1].down_proj.data = &numbers[2];
+  weights->lm_head.data = &numbers[3];
+  EXPECT_EQ(weights->NameOf(&numbers[0]), "model.embed_tokens.weight");
+  EXPECT_EQ(weights->NameOf(&numbers[1]), "model.layers.0.self_attn.k_proj.weight");
+  EXPECT_EQ(weights->NameOf(&numbers[2]), "model.layers.1.mlp.down_proj.weight");
+  EXPECT_EQ(weights->NameOf(&numbers[3]), "lm_head.weight");
+  EXPECT_EQ(weights->NameOf(&numbers[4]), "");
+}
+
 TEST(NemotronWeights, EachMissingTensorIsNamed) {
   FakeCheckpoint full;
   FillSmall(full);

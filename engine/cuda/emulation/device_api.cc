@@ -122,10 +122,11 @@ LiveObjects CountLiveObjects() {
   return TheDevice().live;
 }
 
-void SetDevice(size_t total_bytes, int num_devices) {
+void SetDevice(size_t total_bytes, int num_devices, int compute_capability) {
   Lock lock(TheDevice().mutex);
   TheDevice().total_bytes = total_bytes;
   TheDevice().num_devices = num_devices;
+  TheDevice().compute_capability = compute_capability;
   TheDevice().num_calls = 0;
 }
 
@@ -151,8 +152,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   *properties = {};
   std::snprintf(properties->name, sizeof(properties->name), "emulation");
   properties->totalGlobalMem = TheDevice().total_bytes;
-  properties->major = 8;
-  properties->minor = 9;
+  properties->major = TheDevice().compute_capability / 10;
+  properties->minor = TheDevice().compute_capability % 10;
   properties->multiProcessorCount = 2;
   properties->sharedMemPerBlockOptin = kMaxSharedBytes;
   return cudaSuccess;

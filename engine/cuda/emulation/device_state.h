@@ -44,6 +44,7 @@ struct Device {
   size_t total_bytes = size_t{1} << 40;
   size_t used_bytes = 0;
   int num_devices = 1;
+  int compute_capability = 89;
   int num_calls = 0;
   int num_early_kernels = 0;
   int failing_call = 0;

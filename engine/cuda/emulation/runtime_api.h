@@ -112,7 +112,7 @@ struct LiveObjects {
 };
 LiveObjects CountLiveObjects();
 
-// The device: memory it has, and whether there is one.
-void SetDevice(size_t total_bytes, int num_devices = 1);
+// The device: memory it has, whether there is one, and ten times its compute capability.
+void SetDevice(size_t total_bytes, int num_devices = 1, int compute_capability = 89);
 
 }  // namespace minitron::engine::cuda::emulation

@@ -146,5 +146,18 @@ TEST(CudaDeviceTest, NoDeviceIsAFailedPrecondition) {
   EXPECT_EQ(OpenDevice()->compute_capability, 89);
 }
 
+TEST(CudaDeviceTest, DevicesBefore80AreRefusedByName) {
+  emulation::SetDevice(size_t{1} << 30, 1, 75);
+  const absl::Status older = OpenDevice().status();
+  EXPECT_EQ(older.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(older.message(), "cuda: device 0 (emulation) has compute capability 7.5, below 8.0");
+  for (const int accepted : {80, 90, 100}) {
+    emulation::SetDevice(size_t{1} << 30, 1, accepted);
+    ASSERT_TRUE(OpenDevice().ok());
+    EXPECT_EQ(OpenDevice()->compute_capability, accepted);
+  }
+  emulation::SetDevice(size_t{1} << 40, 1);
+}
+
 }  // namespace
 }  // namespace minitron::engine::cuda

@@ -1,5 +1,6 @@
 // What a runner of the CUDA backend takes of the device's memory and what it refuses, each by name.
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <memory>
 #include <string>
@@ -29,6 +30,41 @@ TEST(CudaMemoryTest, DepthsWithoutAQuantizedKernelAreRefusedByName) {
   EXPECT_EQ(runner.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(runner.status().message(),
             "the cuda backend has no kernel for quantized weights with intermediate_size 136: a multiple of 64");
+}
+
+// Quantized, NaN would pass for a number. As loaded it stays what it is, and whose logits it reaches fails.
+TEST(CudaMemoryTest, WeightsThatAreNotFiniteAreRefusedByNameWhereTheyAreQuantized) {
+  const RandomModel model(CudaConfig(), DType::kF32, 1);
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 4, .max_num_sequences = 2, .max_num_tokens = 32, .max_context_tokens = 64};
+  const auto create = [&](const NemotronWeights& weights, Quantization quantization) {
+    return CreateCudaModelRunner(model.config(), weights, limits, kDevice, MakeMatMul(), {quantization});
+  };
+  const auto broken = [](const WeightView& view, int64_t row, int64_t col, float value) {
+    std::vector<float> numbers(static_cast<const float*>(view.data),
+                               static_cast<const float*>(view.data) + view.size());
+    numbers[row * view.cols + col] = value;
+    return numbers;
+  };
+  NemotronWeights weights = model.weights();
+  WeightView& up = weights.layers[1].up_proj;
+  const std::vector<float> bad_up = broken(up, 21, 5, std::nanf(""));
+  up.data = bad_up.data();
+  for (const Quantization quantization :
+       {Quantization::kInt8, Quantization::kInt4, Quantization::kFp8, Quantization::kFp8Dynamic}) {
+    const absl::Status status = create(weights, quantization).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(status.message(),
+              "tensor model.layers.1.mlp.up_proj.weight has nan at [21, 5]: only finite weights can be quantized");
+  }
+  NemotronWeights with_bad_head = model.weights();
+  const std::vector<float> bad_head = broken(with_bad_head.lm_head, 2, 63, -INFINITY);
+  with_bad_head.lm_head.data = bad_head.data();
+  EXPECT_EQ(create(with_bad_head, Quantization::kInt4).status().message(),
+            "tensor lm_head.weight has -inf at [2, 63]: only finite weights can be quantized");
+  const auto as_loaded = create(weights, Quantization::kOff);
+  ASSERT_TRUE(as_loaded.ok()) << as_loaded.status();
+  for (const ResultRowOutput& row : Score(**as_loaded, {1, 2, 3}, {.temperature = 0.0f}).rows) EXPECT_TRUE(row.failed);
 }
 
 TEST(CudaMemoryTest, ShapesWithoutAKernelAreRefusedByName) {

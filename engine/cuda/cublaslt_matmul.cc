@@ -72,18 +72,18 @@ class CublasLtMatMul final : public MatMul {
                    cudaStream_t stream) override {
     return RunAs({rows, outs, depth, CUDA_R_32F}, {x, w, out}, stream);
   }
-  absl::Status Run(const Bf16* x, const Fp8Matrix& w, int rows, int outs, int depth, Store store, Bf16* out,
+  absl::Status Run(const Fp8Matrix& x, const Fp8Matrix& w, int rows, int outs, int depth, Store store, Bf16* out,
                    cudaStream_t stream) override {
-    ASSIGN_OR_RETURN(const Fp8Matrix a, fp8_.Quantize(x, rows, depth, stream));
     if (row_scales_) {
-      return RunAs({rows, outs, depth, CUDA_R_16BF, store, true}, {a.codes, w.codes, out, {a.scales, w.scales}},
+      return RunAs({rows, outs, depth, CUDA_R_16BF, store, true}, {x.codes, w.codes, out, {x.scales, w.scales}},
                    stream);
     }
-    return fp8_.MultiplyThenScale(a, w, rows, outs, store, out, stream, [&](int first, int count, float* product) {
+    return fp8_.MultiplyThenScale(x, w, rows, outs, store, out, stream, [&](int first, int count, float* product) {
       return RunAs({count, outs, depth, CUDA_R_32F, Store::kReplace, true},
-                   {a.codes + int64_t{first} * depth, w.codes, product}, stream);
+                   {x.codes + int64_t{first} * depth, w.codes, product}, stream);
     });
   }
+  absl::StatusOr<Fp8Rows> RowsForFp8(int rows, int depth) override { return fp8_.Rows(rows, depth); }
 
   // Scales for each row of both operands are there on sm_90 alone, from 12.9 on; elsewhere the product is computed
   // without scales and scaled by a kernel of ours.

@@ -88,7 +88,10 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateCudaModelRunner(const Nemotro
   ASSIGN_OR_RETURN(DeviceWeights uploaded, DeviceWeights::Upload(weights, quantization));
   const auto owner = std::make_shared<const DeviceWeights>(std::move(uploaded));
   ASSIGN_OR_RETURN(std::unique_ptr<CudaOps> ops,
-                   CudaOps::Create(config, limits, std::move(matmul), device.num_processors, options.early_launch));
+                   CudaOps::Create(config, limits, std::move(matmul),
+                                   {.num_processors = device.num_processors,
+                                    .early_launch = options.early_launch,
+                                    .fp8_products = quantization == Quantization::kFp8Dynamic}));
   const CudaOps& borrowed = *ops;
   auto runner =
       std::make_unique<Runner>(std::move(ops), config, owner->weights(), owner,

@@ -12,9 +12,6 @@
 namespace minitron::engine::cuda {
 namespace {
 
-// Attention blocks resident per processor, times a few so that a late one finds work; more only wait.
-constexpr int kBlocksPerProcessor = 12;
-
 absl::Status CheckShape(const char* name, int64_t value, bool good, const char* limit) {
   if (good) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("the cuda backend has no kernel for ", name, " ", value, ": ", limit));
@@ -42,20 +39,19 @@ absl::Status CudaOps::CheckShapes(const NemotronConfig& config, const RunnerLimi
 }
 
 absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Create(const NemotronConfig& config, const RunnerLimits& limits,
-                                                         std::unique_ptr<cuda::MatMul> matmul, int num_processors,
-                                                         bool early_launch) {
+                                                         std::unique_ptr<cuda::MatMul> matmul,
+                                                         const CudaOpsOptions& options) {
   RETURN_IF_ERROR(CheckShapes(config, limits));
-  std::unique_ptr<CudaOps> ops(new CudaOps(config, limits, std::move(matmul), num_processors, early_launch));
+  std::unique_ptr<CudaOps> ops(new CudaOps(config, limits, std::move(matmul), options));
   RETURN_IF_ERROR(ops->AllocateAll());
   return ops;
 }
 
 CudaOps::CudaOps(const NemotronConfig& config, const RunnerLimits& limits, std::unique_ptr<cuda::MatMul> matmul,
-                 int num_processors, bool early_launch)
+                 const CudaOpsOptions& options)
     : config_(config),
       limits_(limits),
-      num_processors_(num_processors),
-      early_launch_(early_launch),
+      options_(options),
       matmul_(std::move(matmul)),
       walks_(2 * static_cast<size_t>(limits.max_num_sequences)) {
   while ((1 << block_shift_) < limits.block_size) ++block_shift_;
@@ -134,7 +130,7 @@ absl::Status CudaOps::VisitBuffers(const Visit& visit) {
 }
 
 std::vector<MemoryUse> CudaOps::Requirements(const NemotronConfig& config, const RunnerLimits& limits) {
-  CudaOps nothing(config, limits, nullptr, 1, false);
+  CudaOps nothing(config, limits, nullptr, {});
   std::vector<MemoryUse> uses;
   const absl::Status counted = nothing.VisitBuffers([&uses](const auto& buffer, int64_t count, const char* name) {
     AddUse(uses, name, count * static_cast<int64_t>(sizeof(*buffer.data())));
@@ -215,9 +211,33 @@ void CudaOps::AddLayerNorm1p(Matrix residual, ConstMatrix delta, const WeightVie
   if (!status_.ok()) return;
   CHECK(out.rows == residual.rows && out.cols == residual.cols && delta.data == nullptr);  // see MatMulToResidual
   CHECK(weight.dtype == DType::kF32 && bias.dtype == DType::kF32 && weight.size() == residual.cols);
+  Fp8Rows coded;
+  if (options_.fp8_products) coded = RowsForFp8({out.data, out.rows, out.cols});
+  if (!status_.ok()) return;
   Check(LayerNorm1p(residual.data, static_cast<const float*>(weight.data), static_cast<const float*>(bias.data), eps,
-                    static_cast<int>(residual.rows), static_cast<int>(residual.cols), out.data, Launching()),
+                    static_cast<int>(residual.rows), static_cast<int>(residual.cols), out.data, Launching(), coded),
         "norm");
+  if (options_.fp8_products) coded_ = out.data;
+}
+
+// The next place for activations in E4M3, which is the last one's: what lies there is lost.
+Fp8Rows CudaOps::RowsForFp8(ConstMatrix x) {
+  coded_ = nullptr;
+  absl::StatusOr<Fp8Rows> rows = matmul_->RowsForFp8(static_cast<int>(x.rows), static_cast<int>(x.cols));
+  Check(rows.status());
+  return rows.ok() ? *rows : Fp8Rows{};
+}
+
+// x in E4M3: as the kernel that made x left it there, or brought to it now.
+Fp8Matrix CudaOps::InFp8(ConstMatrix x) {
+  const bool is_coded = coded_ == x.data;
+  const Fp8Rows rows = RowsForFp8(x);
+  if (status_.ok() && !is_coded) {
+    Check(
+        QuantizeRows(x.data, Activation::kNone, static_cast<int>(x.rows), static_cast<int>(x.cols), rows, Launching()),
+        "quantize rows");
+  }
+  return {rows.codes, rows.scales};
 }
 
 void CudaOps::Multiply(ConstMatrix x, const WeightView& w, Store store, Matrix out) {
@@ -225,8 +245,8 @@ void CudaOps::Multiply(ConstMatrix x, const WeightView& w, Store store, Matrix o
   CHECK(x.cols == w.cols && out.cols == w.rows && out.rows == x.rows);
   const int rows = static_cast<int>(x.rows), outs = static_cast<int>(w.rows), depth = static_cast<int>(w.cols);
   if (w.dtype == DType::kE4m3) {
-    const Fp8Matrix matrix{static_cast<const uint8_t*>(w.data), w.scales};
-    Check(matmul_->Run(x.data, matrix, rows, outs, depth, store, out.data, stream_.get()));
+    const Fp8Matrix coded = InFp8(x), matrix{static_cast<const uint8_t*>(w.data), w.scales};
+    if (status_.ok()) Check(matmul_->Run(coded, matrix, rows, outs, depth, store, out.data, stream_.get()));
     return;
   }
   if (!IsTiles(w.dtype)) {
@@ -300,9 +320,11 @@ void CudaOps::PagedAttention(const BatchView& batch, int layer, ConstMatrix q, M
       batch.block_ids,  batch.block_start, config_.group_size(),
       config_.head_dim, ProjectionWidth(), kLog2E / std::sqrt(static_cast<float>(config_.head_dim))};
   if (counts_.items > 0) {
-    const int max_blocks = std::min(counts_.items, kBlocksPerProcessor * num_processors_);
+    // Blocks that find no work in a recorded step are launched all the same: as many as fit on the device, no more.
+    const int max_blocks = std::min(counts_.items, ResidentDecodeItems(params, options_.num_processors));
+    const int max_merge_rows = std::min(counts_.merge_rows, ResidentMergeRows(params, options_.num_processors));
     Check(DecodeAttention(params, ForwardArray<DecodeItem>(layout_.items), ForwardArray<MergeRow>(layout_.merge_rows),
-                          ForwardArray<DecodeCounts>(layout_.counts), partials_.data(), max_blocks, counts_.merge_rows,
+                          ForwardArray<DecodeCounts>(layout_.counts), partials_.data(), max_blocks, max_merge_rows,
                           Launching()),
           "decode attention");
   }
@@ -314,7 +336,16 @@ void CudaOps::PagedAttention(const BatchView& batch, int layer, ConstMatrix q, M
 
 void CudaOps::SquaredRelu(Matrix x) {
   if (!status_.ok()) return;
-  Check(cuda::SquaredRelu(x.data, x.rows * x.cols, Launching()), "squared relu");
+  if (!options_.fp8_products) {
+    Check(cuda::SquaredRelu(x.data, x.rows * x.cols, Launching()), "squared relu");
+    return;
+  }
+  const Fp8Rows coded = RowsForFp8({x.data, x.rows, x.cols});
+  if (!status_.ok()) return;
+  Check(QuantizeRows(x.data, Activation::kSquaredRelu, static_cast<int>(x.rows), static_cast<int>(x.cols), coded,
+                     Launching()),
+        "squared relu");
+  coded_ = x.data;
 }
 
 static_assert(OpSet<CudaOps>);

@@ -28,6 +28,12 @@
 
 namespace minitron::engine::cuda {
 
+struct CudaOpsOptions {
+  int num_processors = 1;     // of the device: bounds attention's grid
+  bool early_launch = false;  // kernels of recorded steps may start early, see LaunchStream
+  bool fp8_products = false;  // the layers' matrices are in E4M3, and `matmul` is prepared for it
+};
+
 // Engine thread only. Owns the KV cache, the histories and all work space.
 class CudaOps {
  public:
@@ -40,11 +46,9 @@ class CudaOps {
 
   // Error: INVALID_ARGUMENT for a shape without a kernel (names value and limit).
   static absl::Status CheckShapes(const NemotronConfig& config, const RunnerLimits& limits);
-  // Allocates everything but the activations. `num_processors` of the device bounds the attention's grid.
-  // `early_launch`: kernels of recorded steps may start early, see LaunchStream. Errors: as CheckShapes and ToStatus.
+  // Allocates everything but the activations. Errors: as CheckShapes and ToStatus.
   static absl::StatusOr<std::unique_ptr<CudaOps>> Create(const NemotronConfig& config, const RunnerLimits& limits,
-                                                         std::unique_ptr<MatMul> matmul, int num_processors,
-                                                         bool early_launch);
+                                                         std::unique_ptr<MatMul> matmul, const CudaOpsOptions& options);
   // What Create allocates, by purpose, without allocating it.
   static std::vector<MemoryUse> Requirements(const NemotronConfig& config, const RunnerLimits& limits);
   // Waits for the device, so that nothing runs on freed memory.
@@ -67,6 +71,7 @@ class CudaOps {
                   Matrix v);
   void RopeAndStoreKv(const BatchView& batch, int layer, Matrix q, ConstMatrix k, ConstMatrix v);
   void PagedAttention(const BatchView& batch, int layer, ConstMatrix q, Matrix out);
+  // Where products are in E4M3, x is only ever the next one's operand: it is left there in E4M3 alone.
   void SquaredRelu(Matrix x);
   void GatherRows(ConstMatrix x, const int32_t* rows, Matrix out);
   void Sample(MatrixView<float> logits, absl::Span<const ResultRow> rows, int first_row,
@@ -121,9 +126,9 @@ class CudaOps {
   };
 
   CudaOps(const NemotronConfig& config, const RunnerLimits& limits, std::unique_ptr<cuda::MatMul> matmul,
-          int num_processors, bool early_launch);
+          const CudaOpsOptions& options);
   // Where the kernels of a forward pass go.
-  LaunchStream Launching() const { return {stream_.get(), early_launch_ && recording_}; }
+  LaunchStream Launching() const { return {stream_.get(), options_.early_launch && recording_}; }
   // Calls visit(buffer, count, purpose) for every piece of device memory.
   template <typename Visit>
   absl::Status VisitBuffers(const Visit& visit);
@@ -136,6 +141,8 @@ class CudaOps {
   DeviceBuffer<T> AllocateOrFail(int64_t count, const char* name);
 
   void Multiply(ConstMatrix x, const WeightView& w, Store store, Matrix out);
+  Fp8Rows RowsForFp8(ConstMatrix x);
+  Fp8Matrix InFp8(ConstMatrix x);
   // Keeps the first error.
   void Check(const absl::Status& status);
   void Check(cudaError_t error, const char* what);
@@ -173,9 +180,9 @@ class CudaOps {
 
   const NemotronConfig config_;
   const RunnerLimits limits_;
-  const int num_processors_;
-  const bool early_launch_;
+  const CudaOpsOptions options_;
   bool recording_ = false;
+  const Bf16* coded_ = nullptr;  // the activations that were left in E4M3 where matmul_ will read them
   int block_shift_ = 0;
   absl::Status status_;
   std::unique_ptr<cuda::MatMul> matmul_;

@@ -8,6 +8,9 @@ namespace {
 
 constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
+constexpr int kDecodeBlocks = 6;  // on a processor, as registers go; shared memory may allow fewer
+// Of the largest devices (sm_90, sm_100). On others more blocks are launched than fit, and wait.
+constexpr int kMaxSharedBytes = 227 << 10, kMergeThreads = 1024;
 constexpr int kColumns = 8;                   // heads of the group, padded
 constexpr int kWeightStride = kTileKeys + 8;  // padded: rows start in different banks
 
@@ -156,7 +159,7 @@ DEVICE void StoreResult(const AttentionParams& p, const DecodeItem& item, int it
 }
 
 template <int kHeadDim, bool kFp8>
-KERNEL(kDecodeThreads, 6)
+KERNEL(kDecodeThreads, kDecodeBlocks)
 DecodeKernel(AttentionParams p, const DecodeItem* items, const DecodeCounts* counts, float* partials) {
   BeginKernel();
   using Shared = DecodeShared<kHeadDim, kFp8>;
@@ -183,7 +186,9 @@ DecodeKernel(AttentionParams p, const DecodeItem* items, const DecodeCounts* cou
   }
 }
 
-// Folds the chunks of one row and head, left to right. One thread per dim.
+// Folds the chunks of one row and head, left to right. One thread per dim. Chunks are read a few at a time, so that a
+// long context waits for memory a few times and not once per chunk.
+constexpr int kChunksAtOnce = 8;
 template <int kHeadDim>
 KERNEL(kHeadDim)
 MergeKernel(AttentionParams p, const MergeRow* rows, const DecodeCounts* counts, const float* partials) {
@@ -196,13 +201,26 @@ MergeKernel(AttentionParams p, const MergeRow* rows, const DecodeCounts* counts,
   for (int r = static_cast<int>(BlockIndex().x); r < counts->num_merge_rows; r += static_cast<int>(GridDim().x)) {
     const MergeRow row = rows[r];
     const float* partial = partials + row.first_item * stride + int64_t{slot} * (kHeadDim + 2);
-    float maximum = partial[kHeadDim], total = partial[kHeadDim + 1], sum = partial[dim];
-    for (int chunk = 1; chunk < row.num_chunks; ++chunk) {
-      partial += stride;
-      const FoldWeights fold = MakeFold(maximum, partial[kHeadDim]);
-      total = Fold(fold, total, partial[kHeadDim + 1]);
-      sum = Fold(fold, sum, partial[dim]);
-      maximum = fold.maximum;
+    float maximum = NoMaximum(), total = 0.0f, sum = 0.0f;
+    for (int first = 0; first < row.num_chunks; first += kChunksAtOnce) {
+      float maxima[kChunksAtOnce], totals[kChunksAtOnce], sums[kChunksAtOnce];
+      UNROLL
+      for (int i = 0; i < kChunksAtOnce; ++i) {
+        // Past the last, the last again: read and not used.
+        const int chunk = first + i < row.num_chunks ? first + i : row.num_chunks - 1;
+        maxima[i] = partial[chunk * stride + kHeadDim];
+        totals[i] = partial[chunk * stride + kHeadDim + 1];
+        sums[i] = partial[chunk * stride + dim];
+      }
+      UNROLL
+      for (int i = 0; i < kChunksAtOnce; ++i) {
+        if (first + i >= row.num_chunks) break;
+        const FoldWeights fold = MakeFold(maximum, maxima[i]);
+        const bool is_first = first + i == 0;
+        total = is_first ? totals[i] : Fold(fold, total, totals[i]);
+        sum = is_first ? sums[i] : Fold(fold, sum, sums[i]);
+        maximum = is_first ? maxima[i] : fold.maximum;
+      }
     }
     p.out[(int64_t{row.token_row} * num_heads + query_head) * kHeadDim + dim] = ToBf16(sum * Reciprocal(total));
   }
@@ -221,7 +239,25 @@ cudaError_t LaunchDecode(const AttentionParams& p, const DecodeItem* items, cons
                 stream, p, merge_rows, counts, partials);
 }
 
+// What fits of something that takes so many blocks, at least one. Rounded down: a block that has to wait for a place
+// does its share of the work when the others are done.
+int Resident(int per_processor, int num_processors, int num_blocks_each) {
+  const int blocks = per_processor * num_processors;
+  return blocks < num_blocks_each ? 1 : blocks / num_blocks_each;
+}
+
 }  // namespace
+
+int ResidentDecodeItems(const AttentionParams& params, int num_processors) {
+  const int per_processor = params.head_dim == 128 ? kMaxSharedBytes / DecodeShared<128, false>::kBytes
+                                                   : kMaxSharedBytes / DecodeShared<64, false>::kBytes;
+  return Resident(per_processor < kDecodeBlocks ? per_processor : kDecodeBlocks, num_processors,
+                  params.cache.num_kv_heads);
+}
+
+int ResidentMergeRows(const AttentionParams& params, int num_processors) {
+  return Resident(kMergeThreads / params.head_dim, num_processors, params.cache.num_kv_heads * params.group_size);
+}
 
 cudaError_t DecodeAttention(const AttentionParams& params, const DecodeItem* items, const MergeRow* merge_rows,
                             const DecodeCounts* counts, float* partials, int max_blocks, int max_merge_rows,

@@ -1,6 +1,6 @@
 // Products in E4M3: activations brought to it row by row, the scaling of a product that was computed without scales,
 // and the reference product.
-#include "engine/cuda/e4m3.cuh"
+#include "engine/cuda/fp8_rows.cuh"
 #include "engine/cuda/kernels.h"
 
 namespace minitron::engine::cuda {
@@ -9,63 +9,29 @@ namespace {
 constexpr int kFp8Threads = 256;
 constexpr int kFp8Warps = kFp8Threads / 32;
 
-// The largest of the block's values and whether any is broken, the same in every thread.
-DEVICE float BlockMax(float value, bool& broken, float* scratch) {
-  UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const float other = ShuffleXor(value, mask);
-    value = other > value ? other : value;
-  }
-  broken = Any(broken);
-  if (Lane() == 0) {
-    scratch[WarpIndex()] = value;
-    scratch[kFp8Warps + WarpIndex()] = broken ? 1.0f : 0.0f;
-  }
-  SyncThreads();
-  UNROLL
-  for (int w = 0; w < kFp8Warps; ++w) {
-    value = scratch[w] > value ? scratch[w] : value;
-    broken = broken || scratch[kFp8Warps + w] != 0.0f;
-  }
-  return value;
+// What the row is before it is brought to E4M3: itself, or the bf16 its squared ReLU would have been stored as.
+template <Activation kActivation>
+DEVICE Vector16 Activated(const Bf16* x) {
+  const Vector16 vector = Load16(x);
+  return kActivation == Activation::kSquaredRelu ? SquaredReluOf(vector) : vector;
 }
 
 // One block per row, which is read twice: the second time from the cache.
-KERNEL(kFp8Threads) QuantizeRowsKernel(const Bf16* x, int cols, uint8_t* codes, float* scales) {
+template <Activation kActivation>
+KERNEL(kFp8Threads)
+QuantizeRowsKernel(const Bf16* x, int cols, Fp8Rows coded) {
+  BeginKernel();
   const int64_t row = BlockIndex().x;
   x += row * cols;
-  codes += row * cols;
   const int first = static_cast<int>(ThreadIndex().x) * 8;
-  float largest = 0.0f;
-  bool broken = false;
+  RowScale scale;
+  UNROLL_BY(4)
+  for (int i = first; i < cols; i += kFp8Threads * 8) scale.Add(Activated<kActivation>(x + i));
+  const float inverse = scale.Finish<kFp8Warps>(reinterpret_cast<float*>(SharedMemory()), coded.scales + row);
+  UNROLL_BY(4)
   for (int i = first; i < cols; i += kFp8Threads * 8) {
-    const Vector16 vector = Load16(x + i);
-    UNROLL
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t pair = vector.words[j / 2];
-      const float value = j % 2 == 0 ? LowHalf(pair) : HighHalf(pair);
-      const float magnitude = BitsToFloat(FloatBits(value) & 0x7FFFFFFFu);
-      broken = broken || NotFinite(value);
-      largest = magnitude > largest ? magnitude : largest;
-    }
+    StoreCodes(Activated<kActivation>(x + i), inverse, coded.codes + row * cols + i);
   }
-  largest = BlockMax(largest, broken, reinterpret_cast<float*>(SharedMemory()));
-  const float inverse = largest > 0.0f && !broken ? kMaxE4m3 / largest : 0.0f;
-  for (int i = first; i < cols; i += kFp8Threads * 8) {
-    const Vector16 vector = Load16(x + i);
-    uint32_t bytes[2] = {};
-    UNROLL
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t pair = vector.words[j / 2];
-      const float value = broken ? 0.0f : (j % 2 == 0 ? LowHalf(pair) : HighHalf(pair));
-      bytes[j / 4] |= EncodeE4m3(value * inverse) << (8 * (j % 4));
-    }
-    uint32_t* destination = reinterpret_cast<uint32_t*>(codes + i);
-    destination[0] = bytes[0];
-    destination[1] = bytes[1];
-  }
-  constexpr uint32_t kNaN = 0x7FC00000u;
-  if (ThreadIndex().x == 0) scales[row] = broken ? BitsToFloat(kNaN) : largest / kMaxE4m3;
 }
 
 KERNEL(kFp8Threads)
@@ -119,10 +85,12 @@ ReferenceFp8Kernel(const uint8_t* x, const uint8_t* w, int outs, int depth, floa
 
 }  // namespace
 
-cudaError_t QuantizeRows(const Bf16* x, int rows, int cols, uint8_t* codes, float* scales, cudaStream_t stream) {
+cudaError_t QuantizeRows(const Bf16* x, Activation activation, int rows, int cols, Fp8Rows coded, LaunchStream stream) {
   if (cols % 8 != 0) return cudaErrorInvalidValue;
-  return Launch(&QuantizeRowsKernel, {static_cast<unsigned>(rows)}, {kFp8Threads}, 2 * kFp8Warps * sizeof(float),
-                stream, x, cols, codes, scales);
+  const auto kernel = activation == Activation::kSquaredRelu ? &QuantizeRowsKernel<Activation::kSquaredRelu>
+                                                             : &QuantizeRowsKernel<Activation::kNone>;
+  return Launch(kernel, {static_cast<unsigned>(rows)}, {kFp8Threads}, 2 * kFp8Warps * sizeof(float), stream, x, cols,
+                coded);
 }
 
 cudaError_t ScaleProduct(const float* product, const float* x_scales, const float* w_scales, int rows, int outs,

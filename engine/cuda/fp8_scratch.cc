@@ -16,13 +16,12 @@ absl::StatusOr<Fp8Scratch> Fp8Scratch::Allocate(int max_rows, int max_outs, int 
   return scratch;
 }
 
-absl::StatusOr<Fp8Matrix> Fp8Scratch::Quantize(const Bf16* x, int rows, int depth, cudaStream_t stream) {
+absl::StatusOr<Fp8Rows> Fp8Scratch::Rows(int rows, int depth) {
   if (rows > scales_.size() || int64_t{rows} * depth > codes_.size()) {
     return absl::InternalError(
         absl::StrCat("fp8 product: no room for ", rows, " rows of ", depth, " activations; see PrepareFp8"));
   }
-  RETURN_IF_ERROR(ToStatus(QuantizeRows(x, rows, depth, codes_.data(), scales_.data(), stream), "quantize rows"));
-  return Fp8Matrix{codes_.data(), scales_.data()};
+  return Fp8Rows{codes_.data(), scales_.data()};
 }
 
 }  // namespace minitron::engine::cuda

@@ -18,9 +18,8 @@ class Fp8Scratch {
   // `product_bytes` bounds what is computed at a time when it is to be scaled afterwards (one row at least); 0: never.
   static absl::StatusOr<Fp8Scratch> Allocate(int max_rows, int max_outs, int max_depth, int64_t product_bytes);
 
-  // Enqueues the quantization of x [rows, depth]; the result is good until the next call.
-  // Error: INTERNAL; also for a product larger than what was allocated for.
-  absl::StatusOr<Fp8Matrix> Quantize(const Bf16* x, int rows, int depth, cudaStream_t stream);
+  // Where activations [rows, depth] go. Error: INTERNAL for more than was allocated for.
+  absl::StatusOr<Fp8Rows> Rows(int rows, int depth);
 
   // Calls multiply(first_row, num_rows, product) for a few rows at a time, then enqueues their scaling into `out`.
   template <typename Multiply>

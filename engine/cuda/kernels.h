@@ -16,11 +16,18 @@ namespace minitron::engine::cuda {
 cudaError_t CopyRows(const Bf16* table, const int32_t* rows, const int32_t* previous, int num_rows, int cols, Bf16* out,
                      LaunchStream stream);
 
+// Where rows of activations go in E4M3; null: they do not.
+struct Fp8Rows {
+  uint8_t* codes = nullptr;  // [rows, cols]
+  float* scales = nullptr;   // [rows]
+};
+
 // out = (x - mean) / sqrt(var + eps) * (1 + weight) + bias.   weight, bias [cols] fp32; statistics in fp32, two passes
-// Requires: cols a multiple of 8, at most 24576 (the row is kept in shared memory).
+// With `coded`, out is brought to E4M3 as well, as QuantizeRows would.
+// Requires: cols a multiple of 8, at most 24576 (the row is kept in registers); weight and bias 16-byte aligned.
 inline constexpr int kMaxNormCols = 24576;
 cudaError_t LayerNorm1p(const Bf16* x, const float* weight, const float* bias, float eps, int num_rows, int cols,
-                        Bf16* out, LaunchStream stream);
+                        Bf16* out, LaunchStream stream, Fp8Rows coded = {});
 
 // x = max(x, 0)^2 over `count` elements, a multiple of 8; NaN stays NaN.
 cudaError_t SquaredRelu(Bf16* x, int64_t count, LaunchStream stream);
@@ -98,6 +105,9 @@ struct DecodeCounts {
 HOST_DEVICE constexpr int64_t PartialFloats(int num_kv_heads, int head_dim) {
   return int64_t{num_kv_heads} * kMaxGroupSize * (head_dim + 2);
 }
+// Items and merge rows whose blocks a device of so many processors holds at a time.
+int ResidentDecodeItems(const AttentionParams& params, int num_processors);
+int ResidentMergeRows(const AttentionParams& params, int num_processors);
 // Decode rows. The counts are read on the device, so that a captured graph can be replayed with others: at most
 // max_blocks items and max_merge_rows rows at a time are worked on, the rest follows in a loop.
 cudaError_t DecodeAttention(const AttentionParams& params, const DecodeItem* items, const MergeRow* merge_rows,
@@ -113,6 +123,8 @@ struct PrefillTile {
 };
 inline constexpr int kPrefillColumns = 128;  // rows times heads of one group
 HOST_DEVICE constexpr int PrefillRows(int group_size) { return kPrefillColumns / group_size; }
+// Blocks start in the order of the tiles. Those with the most keys belong first: the last to start are then the
+// shortest. At most 65535 tiles.
 cudaError_t PrefillAttention(const AttentionParams& params, const PrefillTile* tiles, int num_tiles,
                              cudaStream_t stream);
 
@@ -134,9 +146,11 @@ struct Fp8Matrix {
   const float* scales;   // [rows]
 };
 
-// Rows of x as E4M3: scales[r] = largest magnitude of row r / 448, codes the nearest to x / scale. A row that is not
-// finite has zeros and a scale of NaN.   x, codes [rows, cols], cols a multiple of 8
-cudaError_t QuantizeRows(const Bf16* x, int rows, int cols, uint8_t* codes, float* scales, cudaStream_t stream);
+enum class Activation { kNone, kSquaredRelu };
+// Rows of x, or of what SquaredRelu would make of them, as E4M3: scales[r] = largest magnitude of row r / 448, codes
+// the nearest to x / scale. A row that is not finite has zeros and a scale of NaN.   x [rows, cols], cols a multiple of
+// 8
+cudaError_t QuantizeRows(const Bf16* x, Activation activation, int rows, int cols, Fp8Rows coded, LaunchStream stream);
 
 // product = codes of x * codes of w ^T, without their scales, in one order per output. The reference, never fast.
 cudaError_t ReferenceFp8MatMul(const uint8_t* x, const uint8_t* w, int rows, int outs, int depth, float* product,

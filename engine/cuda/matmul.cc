@@ -20,16 +20,15 @@ class ReferenceMatMulImpl final : public MatMul {
                    cudaStream_t stream) override {
     return ToStatus(ReferenceMatMul(x, w, rows, outs, depth, out, stream), "matmul");
   }
-  absl::Status Run(const Bf16* x, const Fp8Matrix& w, int rows, int outs, int depth, Store store, Bf16* out,
+  absl::Status Run(const Fp8Matrix& x, const Fp8Matrix& w, int rows, int outs, int depth, Store store, Bf16* out,
                    cudaStream_t stream) override {
-    ASSIGN_OR_RETURN(const Fp8Matrix activations, fp8_.Quantize(x, rows, depth, stream));
-    return fp8_.MultiplyThenScale(activations, w, rows, outs, store, out, stream,
-                                  [&](int first, int count, float* product) {
-                                    return ToStatus(ReferenceFp8MatMul(activations.codes + int64_t{first} * depth,
-                                                                       w.codes, count, outs, depth, product, stream),
-                                                    "fp8 matmul");
-                                  });
+    return fp8_.MultiplyThenScale(x, w, rows, outs, store, out, stream, [&](int first, int count, float* product) {
+      return ToStatus(
+          ReferenceFp8MatMul(x.codes + int64_t{first} * depth, w.codes, count, outs, depth, product, stream),
+          "fp8 matmul");
+    });
   }
+  absl::StatusOr<Fp8Rows> RowsForFp8(int rows, int depth) override { return fp8_.Rows(rows, depth); }
   absl::Status PrepareFp8(int max_rows, int max_outs, int max_depth) override {
     ASSIGN_OR_RETURN(fp8_, Fp8Scratch::Allocate(max_rows, max_outs, max_depth, kProductBytes));
     return absl::OkStatus();

@@ -23,10 +23,11 @@ class MatMul {
   virtual absl::Status Run(const Bf16* x, const Bf16* w, int rows, int outs, int depth, float* out,
                            cudaStream_t stream) = 0;
 
-  // The same with a matrix in E4M3. The rows of x are brought to E4M3 first, each with a scale of its own (its largest
-  // magnitude / 448), and the product is computed in 8 bits. Requires: PrepareFp8, depth and outs multiples of 16.
-  virtual absl::Status Run(const Bf16* x, const Fp8Matrix& w, int rows, int outs, int depth, Store store, Bf16* out,
-                           cudaStream_t stream) = 0;
+  // The same with both in E4M3, computed in 8 bits. Requires: PrepareFp8, depth and outs multiples of 16.
+  virtual absl::Status Run(const Fp8Matrix& x, const Fp8Matrix& w, int rows, int outs, int depth, Store store,
+                           Bf16* out, cudaStream_t stream) = 0;
+  // Where the next such product's x goes, the same place each time. Error: INTERNAL for more than was prepared.
+  virtual absl::StatusOr<Fp8Rows> RowsForFp8(int rows, int depth) = 0;
   // Allocates what products in E4M3 of at most this size need. Errors: FAILED_PRECONDITION when the device or the
   // library has none, RESOURCE_EXHAUSTED, INTERNAL.
   virtual absl::Status PrepareFp8(int max_rows, int max_outs, int max_depth) = 0;

@@ -192,8 +192,8 @@ PrefillKernel(AttentionParams p, const PrefillTile* tiles) {
   using Layout = TileLayout<kHeadDim>;
   unsigned char* shared = SharedMemory();
   const int lane = Lane();
-  const int kv_head = static_cast<int>(BlockIndex().y);
-  const PrefillTile tile = tiles[BlockIndex().x];
+  const int kv_head = static_cast<int>(BlockIndex().x);
+  const PrefillTile tile = tiles[BlockIndex().y];
   const int32_t* block_ids = p.block_ids + p.block_start[tile.sequence];
   const int first_column = WarpIndex() * kColumnTiles * 8;
   const int limit = tile.first_position + tile.num_rows;  // keys any row of the tile sees
@@ -244,7 +244,7 @@ PrefillKernel(AttentionParams p, const PrefillTile* tiles) {
 template <int kHeadDim, bool kFp8>
 cudaError_t LaunchPrefill(const AttentionParams& p, const PrefillTile* tiles, int num_tiles, cudaStream_t stream) {
   return Launch(&PrefillKernel<kHeadDim, kFp8>,
-                {static_cast<unsigned>(num_tiles), static_cast<unsigned>(p.cache.num_kv_heads)}, {kPrefillThreads},
+                {static_cast<unsigned>(p.cache.num_kv_heads), static_cast<unsigned>(num_tiles)}, {kPrefillThreads},
                 kPrefillSharedBytes<kHeadDim, kFp8>, stream, p, tiles);
 }
 

@@ -1,56 +1,57 @@
 // Products with matrices of 8 or 4 bits per weight. Weights are the M side of the mma and token rows the N side, 8 per
 // instruction, so that a decode step of 8 rows wastes nothing; they are widened to bf16, which holds the numbers of
-// every format exactly, in the registers they are loaded to. A warp owns 16 outputs over the whole depth and up to 64
-// token rows: one order of summation per output, whatever the number of rows.
-#include "engine/cuda/attention.cuh"  // SharedIndex, LoadPair
+// every format exactly, in the registers they are loaded to.
+//
+// One order of summation per output, whatever the number of rows: the depth is cut into kSlices slices at places fixed
+// by the depth, each is one chain, and the chains are added in order. For few rows a block has a warp for each slice,
+// so that the 8B's narrowest matrix, with one block for each processor, still has enough copies under way; for more
+// rows a warp takes the slices one after the other.
+#include "engine/cuda/attention.cuh"  // SharedIndex
 #include "engine/cuda/e4m3.cuh"
 #include "engine/cuda/quantized_weights.h"
 
 namespace minitron::engine::cuda {
 namespace {
 
-constexpr int kMatMulWarps = 2;  // 32 outputs: 128 blocks for the 8B's smallest matrix
-constexpr int kMatMulThreads = 32 * kMatMulWarps;
+constexpr int kSlices = 8;
+HOST_DEVICE constexpr int SliceBegin(int num_steps, int slice) { return num_steps * slice / kSlices; }
 
-// One stage is kDepthStep inputs: each warp's weights and scales, then the rows of x. Stages take turns; all but one
-// are under way, which is what keeps the memory busy.
-template <WeightFormat kFormat, int kColumnTiles>
-struct StageLayout {
-  static constexpr int kColumns = 8 * kColumnTiles;
+// What a step of kDepthStep inputs brings: a tile's weights and scales, and rows of x.
+template <WeightFormat kFormat>
+struct WeightStep {
   static constexpr int kWeightBytes = kTileRows * kDepthStep / (kFormat == WeightFormat::kInt4 ? 2 : 1);
   static constexpr int kGroups = kFormat == WeightFormat::kInt8 ? 1 : kFormat == WeightFormat::kInt4 ? 2 : 0;
   static constexpr int kScaleBytes = 2 * kTileRows * kGroups;
-  static constexpr int kWarpBytes = kWeightBytes + kScaleBytes;
-  static constexpr int kRowsAt = (kMatMulWarps * kWarpBytes + 127) / 128 * 128;
-  static constexpr int kBytes = kRowsAt + kColumns * kDepthStep * 2;
-  static constexpr int kStages = kColumnTiles == 1 ? 6 : 4;
+  static constexpr int kBytes = kWeightBytes + kScaleBytes;
 };
+template <int kColumnTiles>
+constexpr int kRowStepBytes = 8 * kColumnTiles* kDepthStep * 2;
 
 DEVICE void StoreOutput(float value, bool, float* out) { *out = value; }
 DEVICE void StoreOutput(float value, bool add, Bf16* out) { *out = ToBf16(add ? value + ToFloat(*out) : value); }
 
-template <WeightFormat kFormat, int kColumnTiles>
-DEVICE void LoadWeights(const unsigned char* tile, int depth, int step, unsigned char* stage) {
-  using Layout = StageLayout<kFormat, kColumnTiles>;
+// Starts copying one tile's step, by the lanes of a warp. Nothing for no tile.
+template <WeightFormat kFormat>
+DEVICE void LoadWeights(const unsigned char* tile, int depth, int step, unsigned char* to) {
+  using Step = WeightStep<kFormat>;
   const int lane = Lane();
   if (tile == nullptr) return;
-  unsigned char* own = stage + WarpIndex() * Layout::kWarpBytes;
-  const unsigned char* weights = tile + int64_t{step} * Layout::kWeightBytes;
+  const unsigned char* weights = tile + int64_t{step} * Step::kWeightBytes;
   UNROLL
-  for (int i = 0; i < Layout::kWeightBytes; i += 512) CpAsync16(own + i + lane * 16, weights + i + lane * 16, true);
-  if (lane < Layout::kScaleBytes / 16) {
+  for (int i = 0; i < Step::kWeightBytes; i += 512) CpAsync16(to + i + lane * 16, weights + i + lane * 16, true);
+  if (lane < Step::kScaleBytes / 16) {
     const unsigned char* scales =
-        tile + TileWeightBytes(kFormat, depth) + int64_t{step} * Layout::kScaleBytes + lane * 16;
-    CpAsync16(own + Layout::kWeightBytes + lane * 16, scales, true);
+        tile + TileWeightBytes(kFormat, depth) + int64_t{step} * Step::kScaleBytes + lane * 16;
+    CpAsync16(to + Step::kWeightBytes + lane * 16, scales, true);
   }
 }
 
-template <WeightFormat kFormat, int kColumnTiles>
-DEVICE void LoadRows(const Bf16* x, int first_row, int rows, int depth, int step, unsigned char* stage) {
-  using Layout = StageLayout<kFormat, kColumnTiles>;
-  Bf16* columns = reinterpret_cast<Bf16*>(stage + Layout::kRowsAt);
+// Starts copying the step of rows [first_row, ...) of x, zeros past the last, by kThreads threads.
+template <int kColumnTiles, int kThreads>
+DEVICE void LoadRows(const Bf16* x, int first_row, int rows, int depth, int step, int thread, unsigned char* to) {
+  Bf16* columns = reinterpret_cast<Bf16*>(to);
   constexpr int kVectors = kDepthStep / 8;
-  for (int i = static_cast<int>(ThreadIndex().x); i < Layout::kColumns * kVectors; i += kMatMulThreads) {
+  for (int i = thread; i < 8 * kColumnTiles * kVectors; i += kThreads) {
     const int column = i / kVectors, input = i % kVectors * 8;
     const bool valid = first_row + column < rows;
     const int64_t source = valid ? int64_t{first_row + column} * depth + step * kDepthStep + input : 0;
@@ -58,60 +59,71 @@ DEVICE void LoadRows(const Bf16* x, int first_row, int rows, int depth, int step
   }
 }
 
-// Operand A of 16 inputs, step `k` of a stage: a lane's own bytes, widened.
+// Operand A of inputs [32 * pair, + 32): two steps of 16, from a lane's own bytes.
 template <WeightFormat kFormat>
-DEVICE void WidenWeights(const unsigned char* weights, int k, uint32_t (&a)[4]) {
-  const int lane = Lane();
+DEVICE void WidenWeights(const unsigned char* weights, int pair, uint32_t (&a)[2][4]) {
   if constexpr (kFormat == WeightFormat::kInt4) {
-    const uint32_t word = reinterpret_cast<const uint32_t*>(weights + lane * 16)[k];
+    const Vector16 vector = Load16(weights + Lane() * 16);
     UNROLL
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 8; ++i) {
       // 128 + n as bf16, then minus 136: n - 8.
-      a[i] = FmaBf16Pair((word >> (4 * i) & 0x000F000Fu) | 0x43004300u, 0x3F803F80u, 0xC308C308u);
+      const uint32_t word = vector.words[2 * pair + i / 4];
+      a[i / 4][i % 4] = FmaBf16Pair((word >> (4 * (i % 4)) & 0x000F000Fu) | 0x43004300u, 0x3F803F80u, 0xC308C308u);
     }
   } else {
-    const auto* words = reinterpret_cast<const uint32_t*>(weights + k / 2 * 512 + lane * 16 + k % 2 * 8);
+    const Vector16 vector = Load16(weights + pair * 512 + Lane() * 16);
     UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t word = words[i];
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = vector.words[i];
+      uint32_t& low = a[i / 2][i % 2 * 2];
+      uint32_t& high = a[i / 2][i % 2 * 2 + 1];
       if constexpr (kFormat == WeightFormat::kInt8) {
         const auto widen = [word](int byte) { return static_cast<float>(static_cast<int8_t>(word >> (8 * byte))); };
-        a[2 * i] = PackBf16(widen(0), widen(1));
-        a[2 * i + 1] = PackBf16(widen(2), widen(3));
+        low = PackBf16(widen(0), widen(1));
+        high = PackBf16(widen(2), widen(3));
       } else {
-        DecodeE4m3(word, DecodingScale(0), a[2 * i], a[2 * i + 1]);
+        DecodeE4m3(word, DecodingScale(0), low, high);
       }
     }
   }
 }
 
-// The stage's share of the sums.
+// One tile's step times the rows', added to the slice's sums.
 template <WeightFormat kFormat, int kColumnTiles>
-DEVICE void MultiplyStage(const unsigned char* stage, float (&total)[kColumnTiles][4]) {
-  using Layout = StageLayout<kFormat, kColumnTiles>;
-  constexpr int kSteps = kDepthStep / 16;
-  constexpr int kStepsPerGroup = kSteps / (Layout::kGroups == 0 ? 1 : Layout::kGroups);
+DEVICE void MultiplyStep(const unsigned char* weights, const unsigned char* rows, float (&total)[kColumnTiles][4]) {
+  using Step = WeightStep<kFormat>;
+  constexpr int kPairs = kDepthStep / 32;
+  constexpr int kPairsPerGroup = kPairs / (Step::kGroups == 0 ? 1 : Step::kGroups);
   const int lane = Lane();
-  const unsigned char* weights = stage + WarpIndex() * Layout::kWarpBytes;
-  const Bf16* scales = reinterpret_cast<const Bf16*>(weights + Layout::kWeightBytes);
-  const Bf16* columns = reinterpret_cast<const Bf16*>(stage + Layout::kRowsAt);
+  const Bf16* scales = reinterpret_cast<const Bf16*>(weights + Step::kWeightBytes);
+  const Bf16* columns = reinterpret_cast<const Bf16*>(rows);
   float sums[kColumnTiles][4];
   UNROLL
-  for (int k = 0; k < kSteps; ++k) {
-    if (Layout::kGroups > 0 && k % kStepsPerGroup == 0) {
+  for (int pair = 0; pair < kPairs; ++pair) {
+    if (Step::kGroups > 0 && pair % kPairsPerGroup == 0) {
       UNROLL
       for (int i = 0; i < 4 * kColumnTiles; ++i) sums[i / 4][i % 4] = 0.0f;
     }
-    uint32_t a[4];
-    WidenWeights<kFormat>(weights, k, a);
+    uint32_t a[2][4];
+    WidenWeights<kFormat>(weights, pair, a);
+    constexpr int kAtOnce = kColumnTiles < 4 ? kColumnTiles : 4;  // more would not fit the registers
     UNROLL
-    for (int n = 0; n < kColumnTiles; ++n) {
-      const int column = 8 * n + lane / 4, input = 16 * k + lane % 4 * 2;
-      MmaBf16(Layout::kGroups > 0 ? sums[n] : total[n], a, LoadPair(columns + SharedIndex<kDepthStep>(column, input)),
-              LoadPair(columns + SharedIndex<kDepthStep>(column, input + 8)));
+    for (int first = 0; first < kColumnTiles; first += kAtOnce) {
+      uint32_t b[kAtOnce][4];
+      UNROLL
+      for (int n = 0; n < kAtOnce; ++n) {
+        LoadMatrix4(b[n], columns + SharedIndex<kDepthStep>(8 * (first + n) + lane % 8, 32 * pair + lane / 8 * 8));
+      }
+      UNROLL
+      for (int k = 0; k < 2; ++k) {
+        UNROLL
+        for (int n = 0; n < kAtOnce; ++n) {
+          MmaBf16(Step::kGroups > 0 ? sums[first + n] : total[first + n], a[k], b[n][2 * k], b[n][2 * k + 1]);
+        }
+      }
     }
-    if (Layout::kGroups > 0 && k % kStepsPerGroup == kStepsPerGroup - 1) {
-      const Bf16* group = scales + k / kStepsPerGroup * kTileRows;
+    if (Step::kGroups > 0 && pair % kPairsPerGroup == kPairsPerGroup - 1) {
+      const Bf16* group = scales + pair / kPairsPerGroup * kTileRows;
       const float scale[2] = {ToFloat(group[lane / 4]), ToFloat(group[lane / 4 + 8])};
       UNROLL
       for (int n = 0; n < kColumnTiles; ++n) {
@@ -122,54 +134,170 @@ DEVICE void MultiplyStage(const unsigned char* stage, float (&total)[kColumnTile
   }
 }
 
+// The scale of the whole sum, where there is one for each output.
+template <WeightFormat kFormat>
+DEVICE float OutputScale(const unsigned char* tile, int depth, int row_in_tile) {
+  if (WeightStep<kFormat>::kGroups > 0) return 1.0f;
+  return ToFloat(reinterpret_cast<const Bf16*>(tile + TileWeightBytes(kFormat, depth))[row_in_tile]);
+}
+
+// --- Up to 8 rows: a warp for each slice. ---
+
+constexpr int kFewRows = 8;
+constexpr int kFewTiles = 2;  // of a warp: 32 outputs share the rows that were copied
+constexpr int kFewOuts = kFewTiles * kTileRows;
+constexpr int kFewThreads = 32 * kSlices;
+static_assert(kFewThreads == kFewRows * kFewOuts, "in the end a thread has an output");
+
+// A warp's stages take turns; all but one are under way. 98 KiB at most: sm_89 has 99.
+template <WeightFormat kFormat>
+struct FewLayout {
+  static constexpr int kStages = kFormat == WeightFormat::kInt4 ? 5 : 4;
+  static constexpr int kRowsAt = kFewTiles * WeightStep<kFormat>::kBytes;
+  static constexpr int kStageBytes = kRowsAt + kRowStepBytes<1>;
+  static constexpr int kWarpBytes = kStages * kStageBytes;
+  static constexpr int kBytes = kSlices * kWarpBytes;
+};
+constexpr int kSumStride = kFewOuts + 1;  // of a slice's sums, [row][out]: rows start in different banks
+
+template <WeightFormat kFormat, typename Output>
+KERNEL(kFewThreads, 2)
+FewRowsMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, bool add, Output* out) {
+  using Layout = FewLayout<kFormat>;
+  const int lane = Lane(), slice = WarpIndex();
+  unsigned char* own = SharedMemory() + slice * Layout::kWarpBytes;
+  const int first_out = static_cast<int>(BlockIndex().x) * kFewOuts;
+  const auto tile_of = [&](int first) {
+    return first < outs ? tiles + int64_t{first / kTileRows} * TileBytes(kFormat, depth) : nullptr;
+  };
+  const unsigned char* tile[kFewTiles];
+  UNROLL
+  for (int t = 0; t < kFewTiles; ++t) tile[t] = tile_of(first_out + t * kTileRows);
+  const int num_steps = depth / kDepthStep, end = SliceBegin(num_steps, slice + 1);
+  int step = SliceBegin(num_steps, slice);
+  const auto load_weights = [&](int of, int stage) {
+    UNROLL
+    for (int t = 0; t < kFewTiles; ++t) {
+      unsigned char* to = own + stage * Layout::kStageBytes + t * WeightStep<kFormat>::kBytes;
+      LoadWeights<kFormat>(tile[t], depth, of, to);
+    }
+  };
+  const auto load_rows = [&](int of, int stage) {
+    LoadRows<1, 32>(x, 0, rows, depth, of, lane, own + stage * Layout::kStageBytes + Layout::kRowsAt);
+  };
+  // Nobody writes weights: they may be under way before the kernels in front are done.
+  for (int i = 0; i < Layout::kStages - 1 && step + i < end; ++i) load_weights(step + i, i);
+  BeginKernel();
+  for (int i = 0; i < Layout::kStages - 1; ++i) {
+    if (step + i < end) load_rows(step + i, i);
+    CpAsyncCommit();
+  }
+  float total[kFewTiles][1][4] = {};
+  for (int stage = 0; step < end; ++step, stage = (stage + 1) % Layout::kStages) {
+    CpAsyncWait<Layout::kStages - 2>();
+    SyncWarp();  // the stage is there, and no lane reads the one before any more
+    const int next = step + Layout::kStages - 1, next_stage = (stage + Layout::kStages - 1) % Layout::kStages;
+    if (next < end) {
+      load_weights(next, next_stage);
+      load_rows(next, next_stage);
+    }
+    CpAsyncCommit();
+    const unsigned char* at = own + stage * Layout::kStageBytes;
+    UNROLL
+    for (int t = 0; t < kFewTiles; ++t) {
+      if (tile[t] == nullptr) continue;
+      MultiplyStep<kFormat, 1>(at + t * WeightStep<kFormat>::kBytes, at + Layout::kRowsAt, total[t]);
+    }
+  }
+  CpAsyncWait<0>();
+  SyncWarp();  // no lane reads the last stage any more
+  float* sums = reinterpret_cast<float*>(own);
+  UNROLL
+  for (int i = 0; i < kFewTiles * 4; ++i) {
+    const int row = lane % 4 * 2 + i % 2, in_block = i / 4 * kTileRows + lane / 4 + i % 4 / 2 * 8;
+    sums[row * kSumStride + in_block] = total[i / 4][0][i % 4];
+  }
+  SyncThreads();
+  const int in_block = static_cast<int>(ThreadIndex().x) % kFewOuts, output = first_out + in_block;
+  const int row = static_cast<int>(ThreadIndex().x) / kFewOuts;
+  if (row >= rows || output >= outs) return;
+  float sum = 0.0f;
+  UNROLL
+  for (int s = 0; s < kSlices; ++s) {
+    sum += reinterpret_cast<const float*>(SharedMemory() + s * Layout::kWarpBytes)[row * kSumStride + in_block];
+  }
+  sum *= OutputScale<kFormat>(tile_of(output / kTileRows * kTileRows), depth, output % kTileRows);
+  StoreOutput(sum, add, out + int64_t{row} * outs + output);
+}
+
+// --- More rows: a warp owns 16 outputs over the whole depth and up to 64 rows, which its block shares. ---
+
+constexpr int kMatMulWarps = 2;  // 32 outputs: 128 blocks for the 8B's smallest matrix
+constexpr int kMatMulThreads = 32 * kMatMulWarps;
+
+template <WeightFormat kFormat, int kColumnTiles>
+struct StageLayout {
+  static constexpr int kStages = 4;
+  static constexpr int kRowsAt = (kMatMulWarps * WeightStep<kFormat>::kBytes + 127) / 128 * 128;
+  static constexpr int kBytes = kRowsAt + kRowStepBytes<kColumnTiles>;
+};
+
 template <WeightFormat kFormat, int kColumnTiles, typename Output>
-KERNEL(kMatMulThreads)
+KERNEL(kMatMulThreads, 1)
 QuantizedMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, bool add, Output* out) {
   using Layout = StageLayout<kFormat, kColumnTiles>;
   unsigned char* shared = SharedMemory();
-  const int lane = Lane();
+  const int lane = Lane(), thread = static_cast<int>(ThreadIndex().x);
+  const int own = WarpIndex() * WeightStep<kFormat>::kBytes;
   const int first_out = (static_cast<int>(BlockIndex().x) * kMatMulWarps + WarpIndex()) * kTileRows;
-  const int first_row = static_cast<int>(BlockIndex().y) * Layout::kColumns;
-  // A warp past the last tile takes part in the copies of x and the barriers, and computes with what lies there.
+  const int first_row = static_cast<int>(BlockIndex().y) * 8 * kColumnTiles;
+  // A warp past the last tile takes part in the copies of x and the barriers.
   const unsigned char* tile =
       first_out < outs ? tiles + int64_t{first_out / kTileRows} * TileBytes(kFormat, depth) : nullptr;
   const int num_steps = depth / kDepthStep;
-  float total[kColumnTiles][4] = {};
-  // Nobody writes weights: they may be under way before the kernels in front are done.
+  const auto load_rows = [&](int step, unsigned char* stage) {
+    LoadRows<kColumnTiles, kMatMulThreads>(x, first_row, rows, depth, step, thread, stage + Layout::kRowsAt);
+  };
+  float sum[kColumnTiles][4] = {}, total[kColumnTiles][4] = {};
   for (int step = 0; step < Layout::kStages - 1 && step < num_steps; ++step) {
-    LoadWeights<kFormat, kColumnTiles>(tile, depth, step, shared + step * Layout::kBytes);
+    LoadWeights<kFormat>(tile, depth, step, shared + step * Layout::kBytes + own);
   }
   BeginKernel();
   for (int step = 0; step < Layout::kStages - 1; ++step) {
-    if (step < num_steps) {
-      LoadRows<kFormat, kColumnTiles>(x, first_row, rows, depth, step, shared + step * Layout::kBytes);
-    }
+    if (step < num_steps) load_rows(step, shared + step * Layout::kBytes);
     CpAsyncCommit();
   }
+  int slice = 0;
   for (int step = 0; step < num_steps; ++step) {
     CpAsyncWait<Layout::kStages - 2>();
     SyncThreads();  // the stage is there, and nobody reads the one before any more
     const int next = step + Layout::kStages - 1;
     if (next < num_steps) {
       unsigned char* stage = shared + next % Layout::kStages * Layout::kBytes;
-      LoadWeights<kFormat, kColumnTiles>(tile, depth, next, stage);
-      LoadRows<kFormat, kColumnTiles>(x, first_row, rows, depth, next, stage);
+      LoadWeights<kFormat>(tile, depth, next, stage + own);
+      load_rows(next, stage);
     }
     CpAsyncCommit();
-    if (tile != nullptr) {
-      MultiplyStage<kFormat, kColumnTiles>(shared + step % Layout::kStages * Layout::kBytes, total);
+    if (tile == nullptr) continue;
+    const unsigned char* stage = shared + step % Layout::kStages * Layout::kBytes;
+    MultiplyStep<kFormat, kColumnTiles>(stage + own, stage + Layout::kRowsAt, total);
+    while (slice < kSlices && SliceBegin(num_steps, slice + 1) <= step) ++slice;  // those without a step
+    if (step + 1 != SliceBegin(num_steps, slice + 1)) continue;
+    UNROLL
+    for (int i = 0; i < 4 * kColumnTiles; ++i) {
+      sum[i / 4][i % 4] += total[i / 4][i % 4];
+      total[i / 4][i % 4] = 0.0f;
     }
   }
   if (tile == nullptr) return;
-  const Bf16* row_scales = reinterpret_cast<const Bf16*>(tile + TileWeightBytes(kFormat, depth));
   UNROLL
   for (int n = 0; n < kColumnTiles; ++n) {
     UNROLL
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + 8 * n + lane % 4 * 2 + i % 2, in_tile = lane / 4 + i / 2 * 8;
       if (row >= rows || first_out + in_tile >= outs) continue;
-      const float scale = Layout::kGroups > 0 ? 1.0f : ToFloat(row_scales[in_tile]);
-      StoreOutput(total[n][i] * scale, add, out + int64_t{row} * outs + first_out + in_tile);
+      const float scaled = sum[n][i] * OutputScale<kFormat>(tile, depth, in_tile);
+      StoreOutput(scaled, add, out + int64_t{row} * outs + first_out + in_tile);
     }
   }
 }
@@ -179,7 +307,7 @@ cudaError_t LaunchTiles(const Bf16* x, const unsigned char* tiles, int rows, int
                         Output* out, LaunchStream stream) {
   using Layout = StageLayout<kFormat, kColumnTiles>;
   const auto blocks = static_cast<unsigned>((NumTiles(outs) + kMatMulWarps - 1) / kMatMulWarps);
-  const auto row_blocks = static_cast<unsigned>((rows + Layout::kColumns - 1) / Layout::kColumns);
+  const auto row_blocks = static_cast<unsigned>((rows + 8 * kColumnTiles - 1) / (8 * kColumnTiles));
   return Launch(&QuantizedMatMulKernel<kFormat, kColumnTiles, Output>, {blocks, row_blocks}, {kMatMulThreads},
                 Layout::kStages * Layout::kBytes, stream, x, tiles, rows, outs, depth, store == Store::kAdd, out);
 }
@@ -187,9 +315,12 @@ cudaError_t LaunchTiles(const Bf16* x, const unsigned char* tiles, int rows, int
 template <WeightFormat kFormat, typename Output>
 cudaError_t LaunchFormat(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, Store store,
                          Output* out, LaunchStream stream) {
-  const auto launch = rows <= 8    ? &LaunchTiles<kFormat, 1, Output>
-                      : rows <= 32 ? &LaunchTiles<kFormat, 4, Output>
-                                   : &LaunchTiles<kFormat, 8, Output>;
+  if (rows <= kFewRows) {
+    const auto blocks = static_cast<unsigned>((outs + kFewOuts - 1) / kFewOuts);
+    return Launch(&FewRowsMatMulKernel<kFormat, Output>, {blocks}, {kFewThreads}, FewLayout<kFormat>::kBytes, stream, x,
+                  tiles, rows, outs, depth, store == Store::kAdd, out);
+  }
+  const auto launch = rows <= 32 ? &LaunchTiles<kFormat, 4, Output> : &LaunchTiles<kFormat, 8, Output>;
   return launch(x, tiles, rows, outs, depth, store, out, stream);
 }
 

@@ -18,6 +18,12 @@ float Largest(const float* values, int count) {
   return largest;
 }
 
+// What to multiply by in order to divide by a scale: 0 for scales so small that their reciprocal is no float.
+float InverseOf(float scale) {
+  const float inverse = 1.0f / scale;
+  return std::isfinite(inverse) ? inverse : 0.0f;
+}
+
 int Nearest(float value, float inverse, int low, int high) {
   return std::clamp(static_cast<int>(std::lrintf(value * inverse)), low, high);
 }
@@ -31,7 +37,7 @@ uint16_t Int4Scale(const float* values, int count) {
   float least = INFINITY;
   for (const float divisor : kDivisors) {
     const uint16_t candidate = FloatToBf16(largest / divisor);
-    const float scale = Bf16ToFloat(candidate), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    const float scale = Bf16ToFloat(candidate), inverse = InverseOf(scale);
     float error = 0.0f;
     for (int i = 0; i < count; ++i) {
       const float difference = values[i] - scale * static_cast<float>(Nearest(values[i], inverse, -8, 7));
@@ -92,7 +98,7 @@ void QuantizeTile(WeightFormat format, const float* weights, int rows, int depth
                          ? Int4Scale(values, group)
                          : FloatToBf16(Largest(values, group) / (format == WeightFormat::kInt8 ? 127.0f : 448.0f));
       }
-      const float scale = Bf16ToFloat(scale_bits), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+      const float scale = Bf16ToFloat(scale_bits), inverse = InverseOf(scale);
       scales[first / group * kTileRows + row] = scale_bits;
       for (int i = 0; i < group; ++i) {
         const float value = values != nullptr ? values[i] : 0.0f;
@@ -130,7 +136,7 @@ void PackE4m3Tile(const uint8_t* codes, const float* scales, int rows, int depth
 
 float QuantizeE4m3Row(const float* values, int64_t count, uint8_t* codes) {
   const float largest = Largest(values, static_cast<int>(count));
-  const float inverse = largest > 0.0f ? kMaxE4m3 / largest : 0.0f;
+  const float quotient = kMaxE4m3 / largest, inverse = std::isfinite(quotient) ? quotient : 0.0f;
   for (int64_t i = 0; i < count; ++i) codes[i] = NearestE4m3(values[i] * inverse);
   return largest / kMaxE4m3;
 }

@@ -31,7 +31,8 @@ HOST_DEVICE constexpr int64_t TileBytes(WeightFormat format, int depth) {
 }
 HOST_DEVICE constexpr int64_t NumTiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
-// Quantizes one tile: `rows` rows (at most 16) of `depth` numbers each, into TileBytes of memory. Host only.
+// Quantizes one tile of finite weights: `rows` rows (at most 16) of `depth` numbers each, into TileBytes of memory.
+// Host only.
 void QuantizeTile(WeightFormat format, const float* weights, int rows, int depth, unsigned char* tile);
 // A tile of rows that are in E4M3 already: the codes stay as they are, the scales are rounded to bf16. Host only.
 void PackE4m3Tile(const uint8_t* codes, const float* scales, int rows, int depth, unsigned char* tile);

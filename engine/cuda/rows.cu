@@ -1,5 +1,5 @@
 // Ops on rows one by one: copies, LayerNorm, activation, rotary embedding with the cache write.
-#include "engine/cuda/e4m3.cuh"
+#include "engine/cuda/fp8_rows.cuh"
 #include "engine/cuda/kernels.h"
 
 namespace minitron::engine::cuda {
@@ -7,20 +7,6 @@ namespace {
 
 constexpr int kRowThreads = 256;
 constexpr int kRowWarps = kRowThreads / 32;
-
-DEVICE void Unpack(const Vector16& vector, float (&values)[8]) {
-  UNROLL
-  for (int i = 0; i < 4; ++i) {
-    values[2 * i] = LowHalf(vector.words[i]);
-    values[2 * i + 1] = HighHalf(vector.words[i]);
-  }
-}
-DEVICE Vector16 Pack(const float (&values)[8]) {
-  Vector16 vector;
-  UNROLL
-  for (int i = 0; i < 4; ++i) vector.words[i] = PackBf16(values[2 * i], values[2 * i + 1]);
-  return vector;
-}
 
 KERNEL(kRowThreads)
 CopyRowsKernel(const Bf16* table, const int32_t* rows, const int32_t* previous, int cols, Bf16* out) {
@@ -46,39 +32,70 @@ DEVICE float BlockSum(float value, float* scratch) {
   return sum;
 }
 
-// One block per row; the row stays in shared memory as fp32 between the passes.
+// Weight and bias of 8 columns.
+struct Affine {
+  Vector16 weight[2], bias[2];
+};
+DEVICE Affine LoadAffine(const float* weight, const float* bias, int column) {
+  return {{Load16(weight + column), Load16(weight + column + 4)}, {Load16(bias + column), Load16(bias + column + 4)}};
+}
+DEVICE float At(const Vector16 (&vectors)[2], int j) { return BitsToFloat(vectors[j / 4].words[j % 4]); }
+
+// One block per row, which stays in registers: at most kVectors times 8 columns a thread.
+template <int kVectors>
 KERNEL(kRowThreads)
-LayerNormKernel(const Bf16* in, const float* weight, const float* bias, float eps, int cols, Bf16* out) {
-  BeginKernel();
+LayerNormKernel(const Bf16* in, const float* weight, const float* bias, float eps, int cols, Bf16* out, Fp8Rows coded) {
+  constexpr bool kEarly = kVectors <= 2;  // weights are fetched first; for more there are not the registers
+  constexpr int kStep = kRowThreads * 8;
   float* scratch = reinterpret_cast<float*>(SharedMemory());
-  float* row = scratch + 2 * kRowWarps;
   const int64_t offset = static_cast<int64_t>(BlockIndex().x) * cols;
   const int first = static_cast<int>(ThreadIndex().x) * 8;
+  Affine affine[kEarly ? kVectors : 1];
+  UNROLL
+  for (int n = 0; kEarly && n < kVectors; ++n) {
+    if (first + n * kStep < cols) affine[n] = LoadAffine(weight, bias, first + n * kStep);
+  }
+  BeginKernel();  // nobody writes weights: they may be under way before the kernels in front are done
+  float x[kVectors][8] = {};
   float sum = 0.0f;
-  for (int i = first; i < cols; i += kRowThreads * 8) {
-    float x[8];
-    Unpack(Load16(in + offset + i), x);
-    UNROLL
-    for (int j = 0; j < 8; ++j) {
-      row[i + j] = x[j];
-      sum += x[j];
-    }
+  UNROLL
+  for (int n = 0; n < kVectors; ++n) {
+    if (first + n * kStep < cols) Unpack(Load16(in + offset + first + n * kStep), x[n]);
+  }
+  UNROLL
+  for (int i = 0; i < kVectors * 8; ++i) {
+    if (first + i / 8 * kStep < cols) sum += x[i / 8][i % 8];
   }
   const float mean = BlockSum(sum, scratch) / static_cast<float>(cols);
   float squares = 0.0f;
-  for (int i = first; i < cols; i += kRowThreads * 8) {
-    UNROLL
-    for (int j = 0; j < 8; ++j) {
-      const float centred = row[i + j] - mean;
-      squares = FusedMultiplyAdd(centred, centred, squares);
-    }
+  UNROLL
+  for (int i = 0; i < kVectors * 8; ++i) {
+    const float centred = x[i / 8][i % 8] - mean;
+    if (first + i / 8 * kStep < cols) squares = FusedMultiplyAdd(centred, centred, squares);
   }
   const float scale = ReciprocalSqrt(BlockSum(squares, scratch) / static_cast<float>(cols) + eps);
-  for (int i = first; i < cols; i += kRowThreads * 8) {
+  Vector16 normed[kVectors];
+  UNROLL
+  for (int n = 0; n < kVectors; ++n) {
+    normed[n] = Vector16{};
+    const int column = first + n * kStep;
+    if (column >= cols) continue;
+    if (!kEarly) affine[0] = LoadAffine(weight, bias, column);
+    const Affine& a = affine[kEarly ? n : 0];
     float y[8];
     UNROLL
-    for (int j = 0; j < 8; ++j) y[j] = (row[i + j] - mean) * scale * (1.0f + weight[i + j]) + bias[i + j];
-    Store16(out + offset + i, Pack(y));
+    for (int j = 0; j < 8; ++j) y[j] = (x[n][j] - mean) * scale * (1.0f + At(a.weight, j)) + At(a.bias, j);
+    normed[n] = Pack(y);
+    Store16(out + offset + column, normed[n]);
+  }
+  if (coded.codes == nullptr) return;  // the whole block
+  RowScale row;
+  UNROLL
+  for (int n = 0; n < kVectors; ++n) row.Add(normed[n]);
+  const float inverse = row.Finish<kRowWarps>(scratch, coded.scales + BlockIndex().x);
+  UNROLL
+  for (int n = 0; n < kVectors; ++n) {
+    if (first + n * kStep < cols) StoreCodes(normed[n], inverse, coded.codes + offset + first + n * kStep);
   }
 }
 
@@ -86,21 +103,14 @@ KERNEL(kRowThreads) SquaredReluKernel(Bf16* x, int64_t count) {
   BeginKernel();
   const int64_t i = (static_cast<int64_t>(BlockIndex().x) * kRowThreads + ThreadIndex().x) * 8;
   if (i >= count) return;
-  float values[8];
-  Unpack(Load16(x + i), values);
-  UNROLL
-  for (int j = 0; j < 8; ++j) {
-    const float positive = values[j] < 0.0f ? 0.0f : values[j];  // NaN stays: a broken row must be reported
-    values[j] = positive * positive;
-  }
-  Store16(x + i, Pack(values));
+  Store16(x + i, SquaredReluOf(Load16(x + i)));
 }
 
-// The queries of row t. Rotated pairs are (j, j + half) of each head.
-DEVICE void RotateQueries(const RopeParams& p, int64_t t, const float* cosines, const float* sines) {
-  const int half = p.rotary_dim / 2;
-  Bf16* q = p.q + t * p.q_stride;
-  for (int i = static_cast<int>(ThreadIndex().x); i < p.num_query_heads * half; i += kRowThreads) {
+// The queries of row t that belong to one key/value head. Rotated pairs are (j, j + half) of each head.
+DEVICE void RotateQueries(const RopeParams& p, int64_t t, int kv_head, const float* cosines, const float* sines) {
+  const int half = p.rotary_dim / 2, group_size = p.num_query_heads / p.cache.num_kv_heads;
+  Bf16* q = p.q + t * p.q_stride + int64_t{kv_head} * group_size * p.head_dim;
+  for (int i = static_cast<int>(ThreadIndex().x); i < group_size * half; i += kRowThreads) {
     const int j = i % half;
     Bf16* head = q + i / half * p.head_dim;
     const float low = ToFloat(head[j]), high = ToFloat(head[j + half]);
@@ -123,23 +133,20 @@ DEVICE int64_t CacheRow(const KvCacheView& cache, int64_t slot) {
   return ((block * cache.num_kv_heads) << cache.block_shift) + (slot & ((1 << cache.block_shift) - 1));
 }
 
-// One block per row.
+// Grid (rows, key/value heads): each step is one load deep whatever the number of heads.
 KERNEL(kRowThreads) RopeKernel(RopeParams p) {
   BeginKernel();
   const int64_t t = BlockIndex().x;
-  const int thread = static_cast<int>(ThreadIndex().x);
-  const int half = p.rotary_dim / 2, num_kv_heads = p.cache.num_kv_heads;
+  const int head = static_cast<int>(BlockIndex().y);
+  const int half = p.rotary_dim / 2;
   const float* cosines = p.cosines + int64_t{p.positions[t]} * half;
   const float* sines = p.sines + int64_t{p.positions[t]} * half;
-  RotateQueries(p, t, cosines, sines);
-  const int64_t row = CacheRow(p.cache, p.slot_mapping[t]);
-  const Bf16* k = p.k + t * p.kv_stride;
-  const Bf16* v = p.v + t * p.kv_stride;
-  for (int i = thread; i < num_kv_heads * p.head_dim; i += kRowThreads) {
-    const int head = i / p.head_dim, dim = i % p.head_dim;
-    const int64_t to = (row + (int64_t{head} << p.cache.block_shift)) * p.head_dim + dim;
-    p.cache.keys[to] = ToBf16(RotatedKey(k + head * p.head_dim, dim, p.rotary_dim, cosines, sines));
-    p.cache.values[to] = v[i];
+  RotateQueries(p, t, head, cosines, sines);
+  const int64_t row = CacheRow(p.cache, p.slot_mapping[t]) + (int64_t{head} << p.cache.block_shift);
+  const int64_t from = t * p.kv_stride + int64_t{head} * p.head_dim;
+  for (int dim = static_cast<int>(ThreadIndex().x); dim < p.head_dim; dim += kRowThreads) {
+    p.cache.keys[row * p.head_dim + dim] = ToBf16(RotatedKey(p.k + from, dim, p.rotary_dim, cosines, sines));
+    p.cache.values[row * p.head_dim + dim] = p.v[from + dim];
   }
 }
 
@@ -150,14 +157,14 @@ RopeFp8Kernel(RopeParams p) {
   BeginKernel();
   constexpr int kDims = kHeadDim / 32;  // of a lane
   const int64_t t = BlockIndex().x;
-  const int half = p.rotary_dim / 2, num_kv_heads = p.cache.num_kv_heads;
+  const int head = static_cast<int>(BlockIndex().y);
+  const int half = p.rotary_dim / 2;
   const float* cosines = p.cosines + int64_t{p.positions[t]} * half;
   const float* sines = p.sines + int64_t{p.positions[t]} * half;
-  RotateQueries(p, t, cosines, sines);
-  const int64_t row = CacheRow(p.cache, p.slot_mapping[t]);
-  for (int i = WarpIndex(); i < 2 * num_kv_heads; i += kRowWarps) {
-    const bool is_value = i >= num_kv_heads;
-    const int head = is_value ? i - num_kv_heads : i;
+  RotateQueries(p, t, head, cosines, sines);
+  const int64_t to = CacheRow(p.cache, p.slot_mapping[t]) + (int64_t{head} << p.cache.block_shift);
+  if (WarpIndex() < 2) {
+    const bool is_value = WarpIndex() == 1;
     const Bf16* source = (is_value ? p.v : p.k) + t * p.kv_stride + int64_t{head} * kHeadDim;
     const int first = Lane() * kDims;
     float x[kDims];
@@ -181,15 +188,15 @@ RopeFp8Kernel(RopeParams p) {
     uint32_t bytes = 0;
     UNROLL
     for (int d = 0; d < kDims; ++d) bytes |= (broken ? 0u : EncodeE4m3(x[d] * inverse)) << (8 * d);
-    const int64_t to = row + (int64_t{head} << p.cache.block_shift);
     uint8_t* destination = (is_value ? p.cache.fp8.values : p.cache.fp8.keys) + to * kHeadDim + first;
     if (kDims == 4) {
       *reinterpret_cast<uint32_t*>(destination) = bytes;
     } else {
       *reinterpret_cast<uint16_t*>(destination) = static_cast<uint16_t>(bytes);
     }
-    if (Lane() == 0)
+    if (Lane() == 0) {
       (is_value ? p.cache.fp8.value_exponents : p.cache.fp8.key_exponents)[to] = static_cast<int8_t>(exponent);
+    }
   }
 }
 
@@ -203,11 +210,15 @@ cudaError_t CopyRows(const Bf16* table, const int32_t* rows, const int32_t* prev
 }
 
 cudaError_t LayerNorm1p(const Bf16* x, const float* weight, const float* bias, float eps, int num_rows, int cols,
-                        Bf16* out, LaunchStream stream) {
+                        Bf16* out, LaunchStream stream, Fp8Rows coded) {
   if (cols % 8 != 0 || cols > kMaxNormCols) return cudaErrorInvalidValue;
-  const size_t shared_bytes = (static_cast<size_t>(cols) + 2 * kRowWarps) * sizeof(float);
-  return Launch(&LayerNormKernel, {static_cast<unsigned>(num_rows)}, {kRowThreads}, shared_bytes, stream, x, weight,
-                bias, eps, cols, out);
+  constexpr int kStep = kRowThreads * 8;
+  static_assert(kMaxNormCols == 12 * kStep);
+  const auto kernel = cols <= 2 * kStep   ? &LayerNormKernel<2>
+                      : cols <= 4 * kStep ? &LayerNormKernel<4>
+                                          : &LayerNormKernel<12>;
+  return Launch(kernel, {static_cast<unsigned>(num_rows)}, {kRowThreads}, 2 * kRowWarps * sizeof(float), stream, x,
+                weight, bias, eps, cols, out, coded);
 }
 
 cudaError_t SquaredRelu(Bf16* x, int64_t count, LaunchStream stream) {
@@ -217,7 +228,7 @@ cudaError_t SquaredRelu(Bf16* x, int64_t count, LaunchStream stream) {
 }
 
 cudaError_t RopeAndStoreKv(const RopeParams& params, int num_rows, LaunchStream stream) {
-  const Dim3 grid = {static_cast<unsigned>(num_rows)};
+  const Dim3 grid = {static_cast<unsigned>(num_rows), static_cast<unsigned>(params.cache.num_kv_heads)};
   if (params.cache.keys != nullptr) return Launch(&RopeKernel, grid, {kRowThreads}, 0, stream, params);
   if (params.head_dim == 128) return Launch(&RopeFp8Kernel<128>, grid, {kRowThreads}, 0, stream, params);
   if (params.head_dim == 64) return Launch(&RopeFp8Kernel<64>, grid, {kRowThreads}, 0, stream, params);

@@ -41,10 +41,13 @@ KERNEL(kSampleThreads) ReadLogitsKernel(SampleCall call) {
   const bool is_edited = IsEdited(row);
   uint64_t best = 0;
   uint64_t not_finite = 0;
+  float x[kPerThread];
+  LoadTile(logits, call.vocab, x);
+  UNROLL
   for (int i = 0; i < kPerThread; ++i) {
     const int token = TileToken(i);
     if (token >= call.vocab) break;
-    const float logit = logits[token];
+    const float logit = x[i];
     if (NotFinite(logit)) not_finite = 1;
     const uint64_t key = KeyOf(logit, token);
     best = key > best ? key : best;

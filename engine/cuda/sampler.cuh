@@ -105,6 +105,12 @@ DEVICE int TileToken(int i) {
   return static_cast<int>(BlockIndex().x) * kSampleTile + i * kSampleThreads + static_cast<int>(ThreadIndex().x);
 }
 
+// This thread's logits of the tile, all loads under way at once; 0 past the vocabulary.
+DEVICE void LoadTile(const float* logits, int vocab, float (&x)[kPerThread]) {
+  UNROLL
+  for (int i = 0; i < kPerThread; ++i) x[i] = TileToken(i) < vocab ? logits[TileToken(i)] : 0.0f;
+}
+
 cudaError_t FilterLogits(const SampleCall& call, cudaStream_t stream);  // sets the states' cut
 cudaError_t DrawTokens(const SampleCall& call, cudaStream_t stream);    // sets the states' token
 cudaError_t StoreSamples(const SampleCall& call, cudaStream_t stream);  // logprobs, outputs, history

@@ -22,9 +22,11 @@ KERNEL(kSampleThreads) TileMassKernel(SampleCall call) {
   const float* logits = SampledLogits(call, r);
   const float best = LogitOf(state.best);
   uint64_t mass = 0;
+  float x[kPerThread];
+  LoadTile(logits, call.vocab, x);
+  UNROLL
   for (int i = 0; i < kPerThread; ++i) {
-    const int token = TileToken(i);
-    if (token < call.vocab) mass += KeptMass(row, state, best, logits[token], token);
+    if (TileToken(i) < call.vocab) mass += KeptMass(row, state, best, x[i], TileToken(i));
   }
   mass = BlockTotal(mass, scratch);
   if (ThreadIndex().x == 0) {

@@ -32,16 +32,19 @@ KERNEL(kSampleThreads) CountBinsKernel(SampleCall call, Filter filter, int level
   SyncThreads();
   const float* logits = SampledLogits(call, r);
   const float best = LogitOf(state.best);
+  float x[kPerThread];
+  LoadTile(logits, call.vocab, x);
+  UNROLL
   for (int i = 0; i < kPerThread; ++i) {
     const int token = TileToken(i);
     if (token >= call.vocab) break;
-    if (NotFinite(logits[token])) continue;  // banned; a mask bans nearly all, which would queue for one bin
-    const uint64_t key = KeyOf(logits[token], token);
+    if (NotFinite(x[i])) continue;  // banned; a mask bans nearly all, which would queue for one bin
+    const uint64_t key = KeyOf(x[i], token);
     const uint64_t bits = key >> LowBits(level);
     if (key < state.cut || bits >> kRadixBits != state.prefix) continue;
     const int bin = static_cast<int>(bits & (kRadixBins - 1));
     AtomicAdd(&counts[bin], 1u);
-    if (filter == Filter::kTopP) AtomicAdd(&masses[bin], Mass(Probability(logits[token], best, row.temperature)));
+    if (filter == Filter::kTopP) AtomicAdd(&masses[bin], Mass(Probability(x[i], best, row.temperature)));
   }
   SyncThreads();
   for (int b = static_cast<int>(ThreadIndex().x); b < kRadixBins; b += kSampleThreads) {

@@ -66,6 +66,9 @@ SampleLayout::SampleLayout(int num_results, int64_t num_edits, int64_t num_histo
 StepPlan::StepPlan(const Batch& batch, int vocab, int group_size)
     : decode_only(batch.num_tokens() == batch.num_sequences()) {
   for (int s = 0; s < batch.num_sequences(); ++s) AddSequence(batch, s, group_size);
+  const auto num_keys = [](const PrefillTile& tile) { return tile.first_position + tile.num_rows; };
+  std::stable_sort(tiles.begin(), tiles.end(),
+                   [&](const PrefillTile& a, const PrefillTile& b) { return num_keys(a) > num_keys(b); });
   for (const ResultRow& row : batch.results) AddResult(row, vocab);
   for (const HistoryReset& reset : batch.history_resets) {
     for (const TokenId token : reset.prompt) history.push_back({reset.slot, token, 0});

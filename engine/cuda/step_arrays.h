@@ -43,7 +43,7 @@ struct StepPlan {
   bool decode_only = false;
   std::vector<DecodeItem> items;
   std::vector<MergeRow> merge_rows;
-  std::vector<PrefillTile> tiles;
+  std::vector<PrefillTile> tiles;  // most keys first
   std::vector<SampleRow> sample_rows;
   std::vector<LogitEdit> edits;
   std::vector<HistoryToken> history;

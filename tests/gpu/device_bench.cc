@@ -143,7 +143,8 @@ void TimeDecode(Bench& bench, int rows, int context, bool fp8) {
   const int num_merges = chunks > 1 ? rows : 0;
   const auto counts = bench.Make<DecodeCounts>(1, [&](int64_t) { return DecodeCounts{rows * chunks, num_merges}; });
   auto partials = Must(DeviceBuffer<float>::Allocate(rows * chunks * PartialFloats(s.kv_heads, s.head_dim)));
-  const int blocks = std::min(rows * chunks, 12 * bench.device.num_processors);
+  const int fit = ResidentDecodeItems(scene.Params(s, 0, q.data(), out.data()), bench.device.num_processors);
+  const int blocks = std::min(rows * chunks, fit);
   const double seconds = bench.Time([&](int i, cudaStream_t stream) {
     return DecodeAttention(scene.Params(s, i, q.data(), out.data()), items.data(), merges.data(), counts.data(),
                            partials.data(), blocks, num_merges, stream);

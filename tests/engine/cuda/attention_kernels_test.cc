@@ -221,14 +221,16 @@ TEST(AttentionKernelsTest, DecodeEqualsDoubleReferenceAroundEveryTileEdge) {
 }
 
 TEST(AttentionKernelsTest, EveryGroupSizeIsServedByBothKernels) {
-  for (int group_size = 1; group_size <= kMaxGroupSize; ++group_size) {
-    const Shape shape{.group_size = group_size, .kv_heads = 2, .block_shift = 3};
-    const std::vector<int> lengths = {70};
-    Cache cache(shape, lengths, group_size);
-    const std::vector<Bf16> q = RandomBf16(cache.random(), shape.width());
-    Device device(shape, cache, q);
-    ExpectNear(shape, cache, q, device.Decode(lengths, 4, 4), 0, 0, 70);
-    ExpectNear(shape, cache, q, device.Prefill({{0, 1, 0, 69}}), 0, 0, 70);
+  for (const auto& [head_dim, fp8] : {std::pair{64, false}, {128, false}, {64, true}, {128, true}}) {
+    for (int group_size = 1; group_size <= kMaxGroupSize; ++group_size) {
+      const Shape shape{.group_size = group_size, .kv_heads = 2, .head_dim = head_dim, .block_shift = 3, .fp8 = fp8};
+      const std::vector<int> lengths = {70};
+      Cache cache(shape, lengths, group_size);
+      const std::vector<Bf16> q = RandomBf16(cache.random(), shape.width());
+      Device device(shape, cache, q);
+      ExpectNear(shape, cache, q, device.Decode(lengths, 4, 4), 0, 0, 70);
+      ExpectNear(shape, cache, q, device.Prefill({{0, 1, 0, 69}}), 0, 0, 70);
+    }
   }
 }
 
@@ -312,6 +314,21 @@ TEST(AttentionKernelsTest, FewerBlocksThanItemsGiveTheSameBits) {
     const std::vector<Bf16> out = device.Decode(lengths, blocks, 1);
     for (size_t i = 0; i < out.size(); ++i) ASSERT_EQ(out[i].bits, expected[i].bits);
   }
+}
+
+// 132 processors hold 3 blocks each at head_dim 128, 6 at 64: what recorded steps are launched with.
+TEST(AttentionKernelsTest, AGridIsWhatFitsOnTheDevice) {
+  AttentionParams params = {};
+  params.cache.num_kv_heads = 8;
+  params.group_size = 6;
+  params.head_dim = 128;
+  EXPECT_EQ(ResidentDecodeItems(params, 132), 49);  // 392 blocks for 396 places
+  EXPECT_EQ(ResidentMergeRows(params, 132), 22);
+  params.head_dim = 64;
+  EXPECT_EQ(ResidentDecodeItems(params, 132), 99);
+  EXPECT_EQ(ResidentDecodeItems(params, 1), 1);
+  params.cache.num_kv_heads = 64;
+  EXPECT_EQ(ResidentDecodeItems(params, 1), 1) << "one at least";
 }
 
 TEST(AttentionKernelsTest, ShapesWithoutAKernelAreRefused) {

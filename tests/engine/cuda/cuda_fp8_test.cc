@@ -147,7 +147,10 @@ class NoFp8MatMul final : public MatMul {
  public:
   absl::Status Run(const Bf16*, const Bf16*, int, int, int, Store, Bf16*, cudaStream_t) override { return {}; }
   absl::Status Run(const Bf16*, const Bf16*, int, int, int, float*, cudaStream_t) override { return {}; }
-  absl::Status Run(const Bf16*, const Fp8Matrix&, int, int, int, Store, Bf16*, cudaStream_t) override { return {}; }
+  absl::Status Run(const Fp8Matrix&, const Fp8Matrix&, int, int, int, Store, Bf16*, cudaStream_t) override {
+    return {};
+  }
+  absl::StatusOr<Fp8Rows> RowsForFp8(int, int) override { return Fp8Rows{}; }
   absl::Status PrepareFp8(int, int, int) override { return absl::FailedPreconditionError("no product in fp8"); }
   int64_t workspace_bytes() const override { return 0; }
 };

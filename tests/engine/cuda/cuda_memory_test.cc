@@ -207,10 +207,11 @@ class CountingMatMul final : public MatMul {
     num_rows_ += rows;
     return matmul_->Run(x, w, rows, outs, depth, out, stream);
   }
-  absl::Status Run(const Bf16* x, const Fp8Matrix& w, int rows, int outs, int depth, Store store, Bf16* out,
+  absl::Status Run(const Fp8Matrix& x, const Fp8Matrix& w, int rows, int outs, int depth, Store store, Bf16* out,
                    cudaStream_t stream) override {
     return matmul_->Run(x, w, rows, outs, depth, store, out, stream);
   }
+  absl::StatusOr<Fp8Rows> RowsForFp8(int rows, int depth) override { return matmul_->RowsForFp8(rows, depth); }
   absl::Status PrepareFp8(int, int, int) override { return absl::OkStatus(); }
   int64_t workspace_bytes() const override { return 0; }
 

@@ -1,8 +1,10 @@
 // Products in E4M3: activations brought to it, products scaled, through the interface the runner uses.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "engine/cuda/kernels.h"
@@ -40,7 +42,8 @@ TEST(Fp8MatMulTest, RowsAreQuantizedToTheNearestCodesOfTheirOwnScale) {
       const DeviceArray<Bf16> device_x(x);
       DeviceArray<uint8_t> codes(int64_t{4} * cols);
       DeviceArray<float> scales(4);
-      ASSERT_EQ(QuantizeRows(device_x.data(), 4, cols, codes.data(), scales.data(), TestStream()), cudaSuccess);
+      ASSERT_EQ(QuantizeRows(device_x.data(), Activation::kNone, 4, cols, {codes.data(), scales.data()}, TestStream()),
+                cudaSuccess);
       const std::vector<uint8_t> result = codes.Get();
       const std::vector<float> scale = scales.Get();
       for (int r = 0; r < 3; ++r) {
@@ -64,7 +67,83 @@ TEST(Fp8MatMulTest, RowsAreQuantizedToTheNearestCodesOfTheirOwnScale) {
       EXPECT_TRUE(std::all_of(result.begin() + 3 * cols, result.end(), [](uint8_t code) { return code == 0; }));
     }
   });
-  EXPECT_EQ(QuantizeRows(nullptr, 1, 12, nullptr, nullptr, TestStream()), cudaErrorInvalidValue);
+  EXPECT_EQ(QuantizeRows(nullptr, Activation::kNone, 1, 12, {}, TestStream()), cudaErrorInvalidValue);
+}
+
+// Rows in E4M3 and their scales, read back.
+struct Coded {
+  Coded(int rows, int cols) : codes(int64_t{rows} * cols), scales(rows) {}
+  Fp8Rows view() { return {codes.data(), scales.data()}; }
+  void ExpectEqual(const Coded& other, const std::string& what) const {
+    EXPECT_EQ(codes.Get(), other.codes.Get()) << what;
+    std::vector<uint32_t> bits, other_bits;
+    for (const float scale : scales.Get()) bits.push_back(std::bit_cast<uint32_t>(scale));
+    for (const float scale : other.scales.Get()) other_bits.push_back(std::bit_cast<uint32_t>(scale));
+    EXPECT_EQ(bits, other_bits) << what;
+  }
+  DeviceArray<uint8_t> codes;
+  DeviceArray<float> scales;
+};
+
+// Rows of every kind: ordinary, zeros, so small that 448 / largest is no float, broken.
+std::vector<Bf16> RowsOfEveryKind(std::mt19937_64& random, int cols) {
+  std::vector<Bf16> x = RandomBf16(random, int64_t{4} * cols, 3.0f);
+  std::fill_n(x.begin() + cols, cols, HostBf16(0.0f));
+  for (int i = 0; i < cols; ++i) x[2 * cols + i] = HostBf16(i % 2 == 0 ? 0.0f : 1e-38f);
+  x[4 * cols - 1] = HostBf16(INFINITY);
+  return x;
+}
+
+TEST(Fp8MatMulTest, TheNormLeavesItsRowsInFp8AsAKernelOfItsOwnWould) {
+  ForEachOrder([] {
+    for (const int cols : {8, 264, 2056, 4104, 8200}) {  // every size of the kernel
+      std::mt19937_64 random(cols);
+      const DeviceArray<Bf16> x(RowsOfEveryKind(random, cols));
+      const DeviceArray<float> ones(std::vector<float>(cols, 1.0f));
+      DeviceArray<Bf16> out(int64_t{4} * cols), plain(int64_t{4} * cols);
+      Coded fused(4, cols), apart(4, cols);
+      ASSERT_EQ(LayerNorm1p(x.data(), ones.data(), ones.data(), 1e-5f, 4, cols, plain.data(), TestStream()),
+                cudaSuccess);
+      ASSERT_EQ(LayerNorm1p(x.data(), ones.data(), ones.data(), 1e-5f, 4, cols, out.data(), TestStream(), fused.view()),
+                cudaSuccess);
+      ASSERT_EQ(QuantizeRows(plain.data(), Activation::kNone, 4, cols, apart.view(), TestStream()), cudaSuccess);
+      fused.ExpectEqual(apart, std::to_string(cols) + " columns");
+      const std::vector<Bf16> got = out.Get(), expected = plain.Get();
+      for (size_t i = 0; i < got.size(); ++i) ASSERT_EQ(got[i].bits, expected[i].bits) << "bf16 is there too";
+    }
+  });
+}
+
+TEST(Fp8MatMulTest, TheActivationIsBroughtToFp8AsAKernelOfItsOwnWould) {
+  ForEachOrder([] {
+    for (const int cols : {8, 2040, 8200}) {
+      std::mt19937_64 random(cols);
+      const std::vector<Bf16> x = RowsOfEveryKind(random, cols);
+      const DeviceArray<Bf16> source(x);
+      DeviceArray<Bf16> activated(x);
+      Coded fused(4, cols), apart(4, cols);
+      ASSERT_EQ(QuantizeRows(source.data(), Activation::kSquaredRelu, 4, cols, fused.view(), TestStream()),
+                cudaSuccess);
+      ASSERT_EQ(SquaredRelu(activated.data(), int64_t{4} * cols, TestStream()), cudaSuccess);
+      ASSERT_EQ(QuantizeRows(activated.data(), Activation::kNone, 4, cols, apart.view(), TestStream()), cudaSuccess);
+      fused.ExpectEqual(apart, std::to_string(cols) + " columns");
+    }
+  });
+}
+
+TEST(Fp8MatMulTest, RowsTooSmallToScaleAreZeros) {
+  std::mt19937_64 random(1);
+  const DeviceArray<Bf16> x(RowsOfEveryKind(random, 64));
+  Coded coded(4, 64);
+  ASSERT_EQ(QuantizeRows(x.data(), Activation::kNone, 4, 64, coded.view(), TestStream()), cudaSuccess);
+  const std::vector<uint8_t> codes = coded.codes.Get();
+  EXPECT_TRUE(std::all_of(codes.begin() + 64, codes.begin() + 192, [](uint8_t code) { return code == 0; }));
+  EXPECT_LT(coded.scales.Get()[2], 1e-37f);
+  uint8_t host[2];
+  const float small[2] = {0.0f, 1e-38f};
+  EXPECT_LT(QuantizeE4m3Row(small, 2, host), 1e-37f);
+  EXPECT_EQ(host[0], 0);
+  EXPECT_EQ(host[1], 0);
 }
 
 // A matrix in E4M3 on the device and what its elements are.
@@ -100,7 +179,11 @@ std::vector<Bf16> Multiply(MatMul& matmul, const Matrix& w, const std::vector<Bf
   DeviceArray<Bf16> out(int64_t{rows} * w.outs);
   if (add_to != nullptr) out.Set(*add_to);
   const Store store = add_to != nullptr ? Store::kAdd : Store::kReplace;
-  EXPECT_TRUE(matmul.Run(device_x.data(), w.view(), rows, w.outs, w.depth, store, out.data(), TestStream()).ok());
+  const absl::StatusOr<Fp8Rows> coded = matmul.RowsForFp8(rows, w.depth);
+  EXPECT_TRUE(coded.ok()) << coded.status();
+  EXPECT_EQ(QuantizeRows(device_x.data(), Activation::kNone, rows, w.depth, *coded, TestStream()), cudaSuccess);
+  const Fp8Matrix operand{coded->codes, coded->scales};
+  EXPECT_TRUE(matmul.Run(operand, w.view(), rows, w.outs, w.depth, store, out.data(), TestStream()).ok());
   return out.Get();
 }
 
@@ -169,10 +252,13 @@ TEST(Fp8MatMulTest, ARowHasTheSameBitsInAnyBatchAndABrokenOneBreaksAlone) {
 
 TEST(Fp8MatMulTest, WhatWasNotPreparedIsAnError) {
   const auto matmul = CreateReferenceMatMul();
-  EXPECT_EQ(matmul->Run(nullptr, Fp8Matrix{}, 1, 16, 16, Store::kReplace, nullptr, TestStream()).code(),
+  EXPECT_EQ(matmul->RowsForFp8(1, 16).status().code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(matmul->Run(Fp8Matrix{}, Fp8Matrix{}, 1, 16, 16, Store::kReplace, nullptr, TestStream()).code(),
             absl::StatusCode::kInternal);
   EXPECT_EQ(matmul->workspace_bytes(), 0);
   ASSERT_TRUE(matmul->PrepareFp8(4, 64, 64).ok());
+  EXPECT_EQ(matmul->RowsForFp8(5, 16).status().code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(matmul->RowsForFp8(4, 72).status().code(), absl::StatusCode::kInternal);
   EXPECT_EQ(matmul->workspace_bytes(), 4 * 64 + 4 * 4 + 4 * 64 * 4);
 }
 

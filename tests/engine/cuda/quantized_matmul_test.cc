@@ -108,7 +108,7 @@ TEST(QuantizedMatMulTest, TilesHoldTheNearestNumbersOfTheirFormat) {
 TEST(QuantizedMatMulTest, ProductsEqualDoubleReferenceOfWhatTilesHold) {
   for (const WeightFormat format : kFormats) {
     for (const auto& [outs, depth, rows] :
-         {std::tuple{16, 64, 1}, {48, 320, 3}, {131, 128, 9}, {33, 576, 17}, {5, 64, 70}}) {
+         {std::tuple{16, 64, 1}, {48, 320, 3}, {131, 128, 9}, {33, 576, 17}, {5, 64, 70}, {17, 2624, 2}}) {
       const Matrix matrix(format, outs, depth, outs);
       const std::vector<float> held = matrix.Held();
       std::mt19937_64 random(rows);
@@ -146,6 +146,18 @@ TEST(QuantizedMatMulTest, ARowHasTheSameBitsAmongFewRowsAndMany) {
       const std::vector<float> some = matrix.Multiply<float>({x.end() - rows * 192, x.end()});
       ASSERT_TRUE(std::equal(some.begin(), some.end(), all.end() - rows * 40)) << NameOf(format) << ", " << rows;
     }
+  }
+}
+
+// 41 steps of 64: slices of 5 and 6 of them, more than a warp's stages hold.
+TEST(QuantizedMatMulTest, LongSlicesAreSummedTheSameWayByAWarpEachAndByOne) {
+  for (const WeightFormat format : kFormats) {
+    const Matrix matrix(format, 16, 2624, 4);
+    std::mt19937_64 random(9);
+    const std::vector<Bf16> x = RandomBf16(random, 9 * 2624);
+    const std::vector<float> many = matrix.Multiply<float>(x);
+    const std::vector<float> one = matrix.Multiply<float>({x.end() - 2624, x.end()});
+    ASSERT_TRUE(std::equal(one.begin(), one.end(), many.end() - 16)) << NameOf(format);
   }
 }
 

@@ -62,7 +62,7 @@ void CheckNorm(const NormCase& c, int rows, int cols, const std::vector<Bf16>& o
 
 TEST(RowKernelsTest, LayerNorm1pEqualsDoubleReference) {
   ForEachOrder([] {
-    for (const int cols : {8, 192, 2040, 2048, 2056, 4096}) {
+    for (const int cols : {8, 192, 2040, 2048, 2056, 4096, 4104, 8200}) {
       std::mt19937_64 random(cols);
       std::normal_distribution<float> normal;
       constexpr int kRows = 2;

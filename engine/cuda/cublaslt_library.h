@@ -1,11 +1,18 @@
 // cublasLt's functions, loaded when they are asked for, and one product as the library describes it. For
-// cublaslt_matmul.cc alone.
+// cublaslt_matmul.cc and its tests, which bring functions of their own.
 #pragma once
 
+#if defined(MINITRON_CUDA_EMULATION)
+#include "engine/cuda/emulation/cublaslt_api.h"
+#else
 #include <cublasLt.h>
+#endif
+
+#include <memory>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/cuda/cublaslt_matmul.h"
 #include "engine/cuda/kernels.h"
 
 namespace minitron::engine::cuda {
@@ -29,10 +36,15 @@ struct CublasLt {
   decltype(&cublasLtMatmulPreferenceSetAttribute) preference_set;
   decltype(&cublasLtMatmulAlgoGetHeuristic) heuristic;
   decltype(&cublasLtMatmulAlgoCheck) check;
+  decltype(&cublasLtMatmulAlgoConfigGetAttribute) config_get;
 
   // Error: FAILED_PRECONDITION when the library is not there or lacks a function.
   static absl::StatusOr<CublasLt> Load();
 };
+
+// As CreateCublasLtMatMul, with a library that is loaded already.
+absl::StatusOr<std::unique_ptr<MatMul>> CreateCublasLtMatMulOver(const CublasLt& library,
+                                                                 const CublasLtOptions& options);
 
 // out = x * w^T of these sizes, row-major; operands in bf16, or both in E4M3.
 struct LtShape {

@@ -9,6 +9,7 @@
 #include <limits>
 #include <map>
 #include <sstream>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -152,15 +153,25 @@ class CublasLtMatMul final : public MatMul {
                     "matmul");
   }
 
+  // Whether an algorithm sums as asked for, whatever the library made of the mask: in one sequence, if it has to.
+  bool MaySum(const cublasLtMatmulAlgo_t& algorithm) const {
+    int32_t num_splits = 0;
+    size_t written = 0;
+    return !options_.batch_invariant ||
+           library_.config_get(&algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &num_splits, sizeof(num_splits),
+                               &written) != CUBLAS_STATUS_SUCCESS ||
+           num_splits <= 1;
+  }
+
   // The candidates of the library's heuristic for a shape, best guess first.
   absl::StatusOr<std::vector<cublasLtMatmulAlgo_t>> Candidates(const LtProblem& problem) {
     cublasLtMatmulPreference_t preference = nullptr;
     RETURN_IF_ERROR(LtStatus(library_.preference_create(&preference), "preference"));
     const uint64_t workspace = kWorkspaceBytes;
-    // Split-K sums in an order that depends on the split. Where it is allowed, partial sums stay in fp32.
-    const uint32_t schemes = options_.batch_invariant
-                                 ? CUBLASLT_REDUCTION_SCHEME_NONE
-                                 : CUBLASLT_REDUCTION_SCHEME_INPLACE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    // Split-K sums in an order that depends on the split. Where it is allowed, partial sums stay in fp32: in place they
+    // would be of the output's type.
+    const uint32_t schemes =
+        options_.batch_invariant ? CUBLASLT_REDUCTION_SCHEME_NONE : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     std::array<cublasLtMatmulHeuristicResult_t, kMaxCandidates> results = {};
     int count = 0;
     cublasStatus_t status =
@@ -177,7 +188,7 @@ class CublasLtMatMul final : public MatMul {
     RETURN_IF_ERROR(LtStatus(status, "heuristic"));
     std::vector<cublasLtMatmulAlgo_t> algorithms;
     for (int i = 0; i < count; ++i) {
-      if (results[i].state == CUBLAS_STATUS_SUCCESS) algorithms.push_back(results[i].algo);
+      if (results[i].state == CUBLAS_STATUS_SUCCESS && MaySum(results[i].algo)) algorithms.push_back(results[i].algo);
     }
     if (algorithms.empty()) return absl::InternalError("cublasLt: no algorithm for a shape");
     return algorithms;
@@ -268,7 +279,12 @@ class CublasLtMatMul final : public MatMul {
       cublasLtMatmulAlgo_t algorithm = {};
       words >> fingerprint >> rows >> outs >> depth >> kind;
       for (auto& word : algorithm.data) words >> word;
-      if (words && fingerprint == fingerprint_) choices_[{rows, outs, depth, kind}] = {algorithm, false};
+      if (!words) continue;
+      if (fingerprint == fingerprint_) {
+        choices_[{rows, outs, depth, kind}] = {algorithm, false};
+      } else {
+        others_.push_back(line);
+      }
     }
   }
   // A reader sees the old file or the new one.
@@ -276,6 +292,7 @@ class CublasLtMatMul final : public MatMul {
     if (options_.tuning_file.empty()) return;
     const std::string temporary = absl::StrCat(options_.tuning_file, ".", getpid());
     std::ofstream file(temporary, std::ios::trunc);
+    for (const std::string& line : others_) file << line << '\n';
     for (const auto& [key, choice] : choices_) {
       file << fingerprint_ << ' ' << std::get<0>(key) << ' ' << std::get<1>(key) << ' ' << std::get<2>(key) << ' '
            << std::get<3>(key);
@@ -303,12 +320,13 @@ class CublasLtMatMul final : public MatMul {
   int64_t cache_bytes_ = 0;  // the device's second level
   std::string fingerprint_;
   std::map<Key, Choice> choices_;
+  std::vector<std::string> others_;  // lines of other devices and versions
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<MatMul>> CreateCublasLtMatMul(const CublasLtOptions& options) {
-  ASSIGN_OR_RETURN(const CublasLt library, CublasLt::Load());
+absl::StatusOr<std::unique_ptr<MatMul>> CreateCublasLtMatMulOver(const CublasLt& library,
+                                                                 const CublasLtOptions& options) {
   auto matmul = std::make_unique<CublasLtMatMul>(library, options);
   RETURN_IF_ERROR(matmul->Start());
   return matmul;

@@ -8,7 +8,7 @@
 namespace minitron::engine::cuda {
 namespace {
 
-constexpr int64_t kProductBytes = 1 << 20;
+constexpr int64_t kReferenceBytes = 1 << 20;
 
 class ReferenceMatMulImpl final : public MatMul {
  public:
@@ -30,7 +30,7 @@ class ReferenceMatMulImpl final : public MatMul {
   }
   absl::StatusOr<Fp8Rows> RowsForFp8(int rows, int depth) override { return fp8_.Rows(rows, depth); }
   absl::Status PrepareFp8(int max_rows, int max_outs, int max_depth) override {
-    ASSIGN_OR_RETURN(fp8_, Fp8Scratch::Allocate(max_rows, max_outs, max_depth, kProductBytes));
+    ASSIGN_OR_RETURN(fp8_, Fp8Scratch::Allocate(max_rows, max_outs, max_depth, kReferenceBytes));
     return absl::OkStatus();
   }
   int64_t workspace_bytes() const override { return fp8_.num_bytes(); }

@@ -120,8 +120,10 @@ absl::StatusOr<RandomRunner> MakeRandomRunner(const std::string& shape, const en
                               {static_cast<int64_t>(free_bytes), static_cast<int64_t>(total_bytes)}));
   limits.num_kv_blocks = plan.num_kv_blocks;
   ASSIGN_OR_RETURN(const std::shared_ptr<RandomWeights> made, MakeWeights(config, tensors));
-  ASSIGN_OR_RETURN(std::unique_ptr<CudaOps> ops,
-                   CudaOps::Create(config, limits, std::move(matmul), device.num_processors, options.early_launch));
+  ASSIGN_OR_RETURN(std::unique_ptr<CudaOps> ops, CudaOps::Create(config, limits, std::move(matmul),
+                                                                 {.num_processors = device.num_processors,
+                                                                  .early_launch = options.early_launch,
+                                                                  .fp8_products = false}));
   const CudaOps& borrowed = *ops;
   const auto marks = std::make_shared<StepMarks>();
   engine::ModelInfo info = DescribeModel(config, made->weights, limits.max_context_tokens);

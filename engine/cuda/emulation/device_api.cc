@@ -156,6 +156,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   properties->minor = TheDevice().compute_capability % 10;
   properties->multiProcessorCount = 2;
   properties->sharedMemPerBlockOptin = kMaxSharedBytes;
+  properties->l2CacheSize = 1 << 20;
   return cudaSuccess;
 }
 

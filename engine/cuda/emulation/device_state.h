@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "engine/cuda/emulation/runtime_api.h"
@@ -22,6 +23,7 @@ struct EmulatedStream {
   std::deque<Work> queue;
   uint64_t num_enqueued = 0, num_done = 0;
   EmulatedGraph* capturing = nullptr;
+  std::vector<std::pair<uint64_t, float>> passed;  // what work said it took: its position and milliseconds
 };
 struct EmulatedEvent {
   EmulatedStream* stream = nullptr;  // null until recorded
@@ -45,6 +47,7 @@ struct Device {
   size_t used_bytes = 0;
   int num_devices = 1;
   int compute_capability = 89;
+  EmulatedStream* running = nullptr;  // the stream whose work runs
   int num_calls = 0;
   int num_early_kernels = 0;
   int failing_call = 0;

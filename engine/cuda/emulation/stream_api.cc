@@ -7,12 +7,14 @@
 namespace minitron::engine::cuda::emulation {
 
 void RunUntil(EmulatedStream& stream, uint64_t position) {
+  EmulatedStream* before = std::exchange(TheDevice().running, &stream);  // work may run another stream's
   while (stream.num_done < position) {
     const Work work = std::move(stream.queue.front());
     stream.queue.pop_front();
     work();
     ++stream.num_done;
   }
+  TheDevice().running = before;
   for (const auto& [address, allocation] : TheDevice().memory) CheckGuards(allocation);
 }
 
@@ -30,6 +32,11 @@ cudaError_t Enqueue(cudaStream_t stream, Work work) {
 }
 
 }  // namespace
+
+void PassTime(float milliseconds) {
+  EmulatedStream& stream = *TheDevice().running;
+  stream.passed.emplace_back(stream.num_done, milliseconds);
+}
 
 cudaError_t EnqueueKernel(cudaStream_t stream, const GridShape& shape, std::function<void()> run) {
   RETURN_IF_PLANTED();
@@ -95,6 +102,8 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   return cudaSuccess;
 }
 
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
+
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   Lock lock(TheDevice().mutex);
   const cudaError_t planted = Count();
@@ -124,6 +133,9 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) 
   if (begin->stream == nullptr || begin->stream != end->stream) return cudaErrorInvalidValue;
   if (begin->stream->num_done < end->position || begin->stream->num_done < begin->position) return cudaErrorNotReady;
   *ms = 1e-3f * static_cast<float>(static_cast<int64_t>(end->position - begin->position));
+  for (const auto& [position, passed] : begin->stream->passed) {
+    if (position >= begin->position && position < end->position) *ms += passed;
+  }
   return cudaSuccess;
 }
 
@@ -133,6 +145,13 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   if (event->stream == nullptr) return cudaSuccess;
   const EmulatedEvent recorded = *event;
   return Enqueue(stream, [recorded] { RunUntil(*recorded.stream, recorded.position); });
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  RETURN_IF_PLANTED();
+  if (stream == nullptr) return cudaErrorInvalidValue;
+  *status = stream->capturing != nullptr ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {

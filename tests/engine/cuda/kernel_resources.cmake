@@ -1,5 +1,6 @@
 # What ptxas reported when the kernels were compiled: no kernel spills, and none takes more registers than the table
-# says. Run as: cmake -DOBJECTS=dir -DTABLE=file -P kernel_resources.cmake
+# says; and each is there for every architecture. Run as:
+# cmake -DOBJECTS=dir -DTABLE=file -DARCHS=80,90 -P kernel_resources.cmake
 # The table has a line "kernel registers" per kernel: the most over all architectures, by the compiler it names. A kernel
 # that is not in it, or is in it and no longer compiled, fails: the table is the review of a change.
 cmake_minimum_required(VERSION 3.25)
@@ -48,6 +49,7 @@ foreach(report ${reports})
       endif()
     elseif(line MATCHES "Used ([0-9]+) registers")
       list(APPEND seen "${kernel}")
+      list(APPEND archs_${kernel} ${arch})
       if(NOT DEFINED most_${kernel} OR CMAKE_MATCH_1 GREATER "${most_${kernel}}")
         set(most_${kernel} ${CMAKE_MATCH_1})
       endif()
@@ -56,6 +58,15 @@ foreach(report ${reports})
 endforeach()
 
 list(REMOVE_DUPLICATES seen)
+string(REPLACE "," ";" ARCHS "${ARCHS}")
+foreach(kernel ${seen})
+  foreach(arch ${ARCHS})
+    if(NOT sm_${arch} IN_LIST archs_${kernel})
+      message("  ${kernel} was not compiled for sm_${arch}")
+      math(EXPR problems "${problems} + 1")
+    endif()
+  endforeach()
+endforeach()
 list(SORT seen)
 foreach(kernel ${seen})
   message("${kernel} ${most_${kernel}}")

@@ -3,9 +3,9 @@
 // every format exactly, in the registers they are loaded to.
 //
 // One order of summation per output, whatever the number of rows: the depth is cut into kSlices slices at places fixed
-// by the depth, each is one chain, and the chains are added in order. For few rows a block has a warp for each slice,
-// so that the 8B's narrowest matrix, with one block for each processor, still has enough copies under way; for more
-// rows a warp takes the slices one after the other.
+// by the depth, each is one chain, the chains of each half of the depth are added in order, then the halves. For few
+// rows a block has a warp for each slice, so that the 8B's narrowest matrix, with one block for each processor, still
+// has enough copies under way; for more rows a warp takes the slices of one half one after the other.
 #include "engine/cuda/attention.cuh"  // SharedIndex
 #include "engine/cuda/e4m3.cuh"
 #include "engine/cuda/quantized_weights.h"
@@ -14,6 +14,7 @@ namespace minitron::engine::cuda {
 namespace {
 
 constexpr int kSlices = 8;
+constexpr int kHalf = kSlices / 2;
 HOST_DEVICE constexpr int SliceBegin(int num_steps, int slice) { return num_steps * slice / kSlices; }
 
 // What a step of kDepthStep inputs brings: a tile's weights and scales, and rows of x.
@@ -221,67 +222,69 @@ FewRowsMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int out
   const int in_block = static_cast<int>(ThreadIndex().x) % kFewOuts, output = first_out + in_block;
   const int row = static_cast<int>(ThreadIndex().x) / kFewOuts;
   if (row >= rows || output >= outs) return;
-  float sum = 0.0f;
+  float halves[2] = {};
   UNROLL
   for (int s = 0; s < kSlices; ++s) {
-    sum += reinterpret_cast<const float*>(SharedMemory() + s * Layout::kWarpBytes)[row * kSumStride + in_block];
+    halves[s / kHalf] +=
+        reinterpret_cast<const float*>(SharedMemory() + s * Layout::kWarpBytes)[row * kSumStride + in_block];
   }
-  sum *= OutputScale<kFormat>(tile_of(output / kTileRows * kTileRows), depth, output % kTileRows);
-  StoreOutput(sum, add, out + int64_t{row} * outs + output);
+  const float scale = OutputScale<kFormat>(tile_of(output / kTileRows * kTileRows), depth, output % kTileRows);
+  StoreOutput((halves[0] + halves[1]) * scale, add, out + int64_t{row} * outs + output);
 }
 
-// --- More rows: a warp owns 16 outputs over the whole depth and up to 64 rows, which its block shares. ---
+// --- More rows: a warp owns 16 outputs over one half of the depth and up to 64 rows, which its half shares. ---
 
-constexpr int kMatMulWarps = 2;  // 32 outputs: 128 blocks for the 8B's smallest matrix
-constexpr int kMatMulThreads = 32 * kMatMulWarps;
+constexpr int kMatMulWarps = 2;  // of each half. 32 outputs: 128 blocks for the 8B's smallest matrix
+constexpr int kHalfThreads = 32 * kMatMulWarps;
+constexpr int kMatMulThreads = 2 * kHalfThreads;
 
+// 83 KiB at most for both halves.
 template <WeightFormat kFormat, int kColumnTiles>
 struct StageLayout {
   static constexpr int kStages = 4;
   static constexpr int kRowsAt = (kMatMulWarps * WeightStep<kFormat>::kBytes + 127) / 128 * 128;
   static constexpr int kBytes = kRowsAt + kRowStepBytes<kColumnTiles>;
+  static constexpr int kHalfBytes = kStages * kBytes;
 };
 
-template <WeightFormat kFormat, int kColumnTiles, typename Output>
-KERNEL(kMatMulThreads, 1)
-QuantizedMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, bool add, Output* out) {
+// The sums of one warp over its half of the depth. All threads of the block call it alike.
+template <WeightFormat kFormat, int kColumnTiles>
+DEVICE void SumHalf(const Bf16* x, const unsigned char* tile, int first_row, int rows, int depth, int half,
+                    float (&sum)[kColumnTiles][4]) {
   using Layout = StageLayout<kFormat, kColumnTiles>;
-  unsigned char* shared = SharedMemory();
-  const int lane = Lane(), thread = static_cast<int>(ThreadIndex().x);
-  const int own = WarpIndex() * WeightStep<kFormat>::kBytes;
-  const int first_out = (static_cast<int>(BlockIndex().x) * kMatMulWarps + WarpIndex()) * kTileRows;
-  const int first_row = static_cast<int>(BlockIndex().y) * 8 * kColumnTiles;
-  // A warp past the last tile takes part in the copies of x and the barriers.
-  const unsigned char* tile =
-      first_out < outs ? tiles + int64_t{first_out / kTileRows} * TileBytes(kFormat, depth) : nullptr;
-  const int num_steps = depth / kDepthStep;
-  const auto load_rows = [&](int step, unsigned char* stage) {
-    LoadRows<kColumnTiles, kMatMulThreads>(x, first_row, rows, depth, step, thread, stage + Layout::kRowsAt);
+  const int num_steps = depth / kDepthStep, thread = static_cast<int>(ThreadIndex().x) % kHalfThreads;
+  const int own = WarpIndex() % kMatMulWarps * WeightStep<kFormat>::kBytes;
+  unsigned char* ring = SharedMemory() + half * Layout::kHalfBytes;
+  int slice = half * kHalf;
+  const int begin = SliceBegin(num_steps, slice), end = SliceBegin(num_steps, slice + kHalf);
+  const auto stage_of = [&](int step) { return ring + (step - begin) % Layout::kStages * Layout::kBytes; };
+  const auto load_rows = [&](int step) {
+    unsigned char* to = stage_of(step) + Layout::kRowsAt;
+    LoadRows<kColumnTiles, kHalfThreads>(x, first_row, rows, depth, step, thread, to);
   };
-  float sum[kColumnTiles][4] = {}, total[kColumnTiles][4] = {};
-  for (int step = 0; step < Layout::kStages - 1 && step < num_steps; ++step) {
-    LoadWeights<kFormat>(tile, depth, step, shared + step * Layout::kBytes + own);
+  // Nobody writes weights: they may be under way before the kernels in front are done.
+  for (int step = begin; step < begin + Layout::kStages - 1 && step < end; ++step) {
+    LoadWeights<kFormat>(tile, depth, step, stage_of(step) + own);
   }
   BeginKernel();
-  for (int step = 0; step < Layout::kStages - 1; ++step) {
-    if (step < num_steps) load_rows(step, shared + step * Layout::kBytes);
+  for (int step = begin; step < begin + Layout::kStages - 1; ++step) {
+    if (step < end) load_rows(step);
     CpAsyncCommit();
   }
-  int slice = 0;
-  for (int step = 0; step < num_steps; ++step) {
+  float total[kColumnTiles][4] = {};
+  const int longest = num_steps - SliceBegin(num_steps, kHalf);  // of the halves: the second is never the shorter
+  for (int step = begin; step < begin + longest; ++step) {
     CpAsyncWait<Layout::kStages - 2>();
     SyncThreads();  // the stage is there, and nobody reads the one before any more
     const int next = step + Layout::kStages - 1;
-    if (next < num_steps) {
-      unsigned char* stage = shared + next % Layout::kStages * Layout::kBytes;
-      LoadWeights<kFormat>(tile, depth, next, stage + own);
-      load_rows(next, stage);
+    if (next < end) {
+      LoadWeights<kFormat>(tile, depth, next, stage_of(next) + own);
+      load_rows(next);
     }
     CpAsyncCommit();
-    if (tile == nullptr) continue;
-    const unsigned char* stage = shared + step % Layout::kStages * Layout::kBytes;
-    MultiplyStep<kFormat, kColumnTiles>(stage + own, stage + Layout::kRowsAt, total);
-    while (slice < kSlices && SliceBegin(num_steps, slice + 1) <= step) ++slice;  // those without a step
+    if (tile == nullptr || step >= end) continue;
+    MultiplyStep<kFormat, kColumnTiles>(stage_of(step) + own, stage_of(step) + Layout::kRowsAt, total);
+    while (SliceBegin(num_steps, slice + 1) <= step) ++slice;  // those without a step
     if (step + 1 != SliceBegin(num_steps, slice + 1)) continue;
     UNROLL
     for (int i = 0; i < 4 * kColumnTiles; ++i) {
@@ -289,15 +292,36 @@ QuantizedMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int o
       total[i / 4][i % 4] = 0.0f;
     }
   }
-  if (tile == nullptr) return;
+  CpAsyncWait<0>();
+  SyncThreads();  // nobody reads a stage any more
+}
+
+template <WeightFormat kFormat, int kColumnTiles, typename Output>
+KERNEL(kMatMulThreads, 1)
+QuantizedMatMulKernel(const Bf16* x, const unsigned char* tiles, int rows, int outs, int depth, bool add, Output* out) {
+  const int lane = Lane(), half = WarpIndex() / kMatMulWarps, in_half = WarpIndex() % kMatMulWarps;
+  const int first_out = (static_cast<int>(BlockIndex().x) * kMatMulWarps + in_half) * kTileRows;
+  const int first_row = static_cast<int>(BlockIndex().y) * 8 * kColumnTiles;
+  // A warp past the last tile takes part in the copies of x and the barriers.
+  const unsigned char* tile =
+      first_out < outs ? tiles + int64_t{first_out / kTileRows} * TileBytes(kFormat, depth) : nullptr;
+  float sum[kColumnTiles][4] = {};
+  SumHalf<kFormat, kColumnTiles>(x, tile, first_row, rows, depth, half, sum);
+  float* second = reinterpret_cast<float*>(SharedMemory()) + in_half * 4 * kColumnTiles * 32;
   UNROLL
-  for (int n = 0; n < kColumnTiles; ++n) {
+  for (int i = 0; half == 1 && i < 4 * kColumnTiles; ++i) second[i * 32 + lane] = sum[i / 4][i % 4];
+  SyncThreads();
+  if (half == 0 && tile != nullptr) {
     UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int row = first_row + 8 * n + lane % 4 * 2 + i % 2, in_tile = lane / 4 + i / 2 * 8;
-      if (row >= rows || first_out + in_tile >= outs) continue;
-      const float scaled = sum[n][i] * OutputScale<kFormat>(tile, depth, in_tile);
-      StoreOutput(scaled, add, out + int64_t{row} * outs + first_out + in_tile);
+    for (int n = 0; n < kColumnTiles; ++n) {
+      UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int row = first_row + 8 * n + lane % 4 * 2 + i % 2, in_tile = lane / 4 + i / 2 * 8;
+        if (row >= rows || first_out + in_tile >= outs) continue;
+        const float whole = sum[n][i] + second[(4 * n + i) * 32 + lane];
+        StoreOutput(whole * OutputScale<kFormat>(tile, depth, in_tile), add,
+                    out + int64_t{row} * outs + first_out + in_tile);
+      }
     }
   }
 }
@@ -309,7 +333,7 @@ cudaError_t LaunchTiles(const Bf16* x, const unsigned char* tiles, int rows, int
   const auto blocks = static_cast<unsigned>((NumTiles(outs) + kMatMulWarps - 1) / kMatMulWarps);
   const auto row_blocks = static_cast<unsigned>((rows + 8 * kColumnTiles - 1) / (8 * kColumnTiles));
   return Launch(&QuantizedMatMulKernel<kFormat, kColumnTiles, Output>, {blocks, row_blocks}, {kMatMulThreads},
-                Layout::kStages * Layout::kBytes, stream, x, tiles, rows, outs, depth, store == Store::kAdd, out);
+                2 * Layout::kHalfBytes, stream, x, tiles, rows, outs, depth, store == Store::kAdd, out);
 }
 
 template <WeightFormat kFormat, typename Output>

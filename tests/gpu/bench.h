@@ -33,6 +33,7 @@ inline double Now() {
 struct Shapes {
   int hidden = 4096, inner = 16384, vocab = 256000, kv_heads = 8, group = 6, head_dim = 128;
   std::vector<int> batches = {1, 4, 8, 16, 32, 64, 128, 256};
+  std::vector<int> product_rows = {1, 4, 8, 16, 32, 64, 128, 256, 2048};  // the last: a step full of prompts
   std::vector<int> contexts = {512, 2048, 4096};
   std::vector<int> prompts = {512, 2048};
   int64_t ceiling_bytes = int64_t{2} << 30;
@@ -51,6 +52,7 @@ inline Shapes TinyShapes() {
           .group = 2,
           .head_dim = 64,
           .batches = {1, 2},
+          .product_rows = {1, 2},
           .contexts = {40},
           .prompts = {24},
           .ceiling_bytes = 1 << 12,

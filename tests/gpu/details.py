@@ -1,9 +1,29 @@
 """Everything that was measured, in tables behind the one of twenty rows."""
 
 
+# Bits of a layer's and of the head's parameters, by format; bytes of a token's KV cache.
+BITS = {"bf16": (16, 16), "fp8": (8.03, 8.03), "fp8-dynamic": (8.03, 8.03), "int8": (8.25, 8.25), "int4": (4.5, 8.25)}
+KV_BYTES = {"bf16": 131072, "fp8": 66048}
+LAYER_PARAMETERS, HEAD_PARAMETERS = 6.174e9, 1.049e9
+
+
+def floor_ms(step, read):
+    """How long it takes only to read what a decode step of the 8B needs, at the device's read bandwidth in GB/s."""
+    layers, head = BITS[step["weights"]]
+    weights = (LAYER_PARAMETERS * layers + HEAD_PARAMETERS * head) / 8
+    return (weights + step["batch"] * step["context"] * KV_BYTES[step["kv"]]) / read / 1e6
+
+
 def steps(results):
+    read = results.ceiling("read")
+    is_8b = any(r["weight_bytes"] > 3e9 for r in results.all("load_model"))
     return [[r["weights"], r["kv"], r["launch"], str(r["batch"]), str(r["context"]), f"{r['ms']:.3f}",
-             f"{r['batch'] / r['ms'] * 1e3:,.0f}"] for r in results.all("step")]
+             f"{r['batch'] / r['ms'] * 1e3:,.0f}", f"{floor_ms(r, read) / r['ms']:.0%}" if read and is_8b else ""]
+            for r in results.all("step")]
+
+
+def bits(results):
+    return [[r["what"], "same" if r["same"] else "DIFFERENT", f"{r['largest_nats']:.6f}"] for r in results.all("bits")]
 
 
 def gaps(results):
@@ -69,7 +89,8 @@ def stages(results):
 
 
 TABLES = (
-    ("Decode steps", steps, ("weights", "KV", "launch", "batch", "context", "ms", "tok/s")),
+    ("Decode steps", steps, ("weights", "KV", "launch", "batch", "context", "ms", "tok/s", "of the read floor")),
+    ("The same bits", bits, ("what", "bits", "largest difference, nats")),
     ("Idle between decode graphs, us", gaps, ("launch", "batch", "context", "steps", "idle p50", "idle p99",
                                               "host late p99", "recorded part", "head and sampling")),
     ("Prompts", prompts, ("weights", "KV", "launch", "prompt", "tok/s")),

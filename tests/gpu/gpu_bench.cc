@@ -25,13 +25,14 @@ int main(int argc, char** argv) {
   }
 #endif
   if (mode == "steps" && arguments.size() == 6) return minitron::gpu::RunnerSteps(arguments);
-  if (mode == "score" && arguments.size() == 3) return minitron::gpu::RunnerScore(arguments);
-  std::fprintf(stderr,
-               "usage: minitron-gpu-bench ceilings|roofline 8b|tiny\n"
-               "       minitron-gpu-bench kernel 8b|tiny NAME ROWS CONTEXT\n"
-               "       minitron-gpu-bench steps MODEL cuda|cpu none|int8|int4|fp8|fp8-dynamic bf16|fp8 plain|early "
-               "full|brief|small\n"
-               "       minitron-gpu-bench score MODEL cuda|cpu TOKENS_FILE\n"
-               "MODEL: a folder, or random:SHAPE for weights made on the device\n");
+  if (mode == "score" && arguments.size() == 4) return minitron::gpu::RunnerScore(arguments);
+  std::fprintf(
+      stderr,
+      "usage: minitron-gpu-bench ceilings|roofline 8b|tiny\n"
+      "       minitron-gpu-bench kernel 8b|tiny NAME ROWS CONTEXT\n"
+      "       minitron-gpu-bench steps MODEL cuda|cpu none|int8|int4|fp8|fp8-dynamic bf16|fp8 plain|early|free\n"
+      "                                full|brief|small\n"
+      "       minitron-gpu-bench score MODEL cuda|cpu TOKENS_FILE alone,together,steps\n"
+      "MODEL: a folder, or random:SHAPE for weights made on the device\n");
   return 2;
 }

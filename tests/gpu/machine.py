@@ -87,7 +87,16 @@ def model_room(num_bytes, work):
 def probe(library):
     """What the driver and the library of the products say of themselves."""
     found = {}
-    driver = ctypes.CDLL("libcuda.so.1")
+    try:
+        products = ctypes.CDLL(library)
+        products.cublasLtGetVersion.restype = ctypes.c_size_t
+        found["cublaslt"] = products.cublasLtGetVersion()
+    except OSError as error:
+        found["cublaslt_error"] = str(error)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return {**found, "error": str(error)}
     version = ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
     found["driver_cuda"] = version.value
@@ -101,12 +110,6 @@ def probe(library):
         driver.cuDeviceGetName(name, 256, 0)
         driver.cuDeviceTotalMem_v2(ctypes.byref(memory), 0)
         found.update({"name": name.value.decode(), "memory_mib": memory.value / (1 << 20)})
-    try:
-        products = ctypes.CDLL(library)
-        products.cublasLtGetVersion.restype = ctypes.c_size_t
-        found["cublaslt"] = products.cublasLtGetVersion()
-    except OSError as error_text:
-        found["cublaslt_error"] = str(error_text)
     return found
 
 

@@ -94,7 +94,7 @@ def torch_loop(name, folder, compiled=False):
         if compiled:
             model.compile()
         context = 64 if small else 512
-        for batch in (1, 4) if small else (1, 64) if compiled else (1, 8, 32, 64):
+        for batch in (1, 4) if small else (64, 1) if compiled else (1, 8, 32, 64):
             try:
                 seconds = decode_loop(torch, model, batch, context)
             except torch.cuda.OutOfMemoryError:

@@ -90,17 +90,22 @@ absl::StatusOr<std::shared_ptr<RandomWeights>> MakeWeights(const NemotronConfig&
   return made;
 }
 
-absl::StatusOr<std::unique_ptr<MatMul>> MakeMatMul() {
+absl::StatusOr<std::unique_ptr<MatMul>> MakeMatMul([[maybe_unused]] const std::string& cache_dir,
+                                                   [[maybe_unused]] bool batch_invariant) {
 #if defined(MINITRON_CUDA_EMULATION)
   return CreateReferenceMatMul();
 #else
-  return CreateCublasLtMatMul({});
+  // The choices of a server that has this folder, so that the bits are the same.
+  const bool kept = batch_invariant && !cache_dir.empty();
+  return CreateCublasLtMatMul(
+      {.batch_invariant = batch_invariant, .tuning_file = kept ? cache_dir + "/minitron-cublaslt.txt" : std::string()});
 #endif
 }
 
 }  // namespace
 
-absl::StatusOr<RandomRunner> MakeRandomRunner(const std::string& shape, const engine::EngineOptions& options) {
+absl::StatusOr<RandomRunner> MakeRandomRunner(const std::string& shape, const engine::EngineOptions& options,
+                                              bool batch_invariant) {
   NemotronConfig config;
   if (!bench::ShapeByName(shape, config)) return absl::InvalidArgumentError(absl::StrCat("no shape ", shape));
   engine::RunnerLimits limits{.block_size = options.block_size,
@@ -111,7 +116,7 @@ absl::StatusOr<RandomRunner> MakeRandomRunner(const std::string& shape, const en
                               .kv_cache_type = options.kv_cache_type};
   RETURN_IF_ERROR(CudaOps::CheckShapes(config, limits));
   ASSIGN_OR_RETURN(const DeviceInfo device, OpenDevice());
-  ASSIGN_OR_RETURN(std::unique_ptr<MatMul> matmul, MakeMatMul());
+  ASSIGN_OR_RETURN(std::unique_ptr<MatMul> matmul, MakeMatMul(options.cache_dir, batch_invariant));
   const std::vector<TensorSpec> tensors = bench::TensorSpecs(config, kSeed);
   size_t free_bytes = 0, total_bytes = 0;
   RETURN_IF_ERROR(ToStatus(cudaMemGetInfo(&free_bytes, &total_bytes), "memory info"));

@@ -16,7 +16,9 @@ struct RandomRunner {
   std::shared_ptr<StepGaps> gaps;  // of this runner
 };
 
-// `options.model_dir` is not looked at. Errors: INVALID_ARGUMENT (no such shape), as CreateCudaModelRunner.
-absl::StatusOr<RandomRunner> MakeRandomRunner(const std::string& shape, const engine::EngineOptions& options);
+// `options.model_dir` is not looked at. Products are as CublasLtOptions: one algorithm for any number of rows, or,
+// which no server does, the fastest for each. Errors: INVALID_ARGUMENT (no such shape), as CreateCudaModelRunner.
+absl::StatusOr<RandomRunner> MakeRandomRunner(const std::string& shape, const engine::EngineOptions& options,
+                                              bool batch_invariant);
 
 }  // namespace minitron::gpu

@@ -8,10 +8,7 @@ import re
 
 import details
 
-# Bytes of weights a decode step of the 8B reads in bf16, and of KV cache per token in bf16.
-WEIGHT_BYTES = 14.45e9
-KV_BYTES = 131072
-LAYERS = 32
+LAYERS = 32  # of the 8B
 
 
 def commit():
@@ -91,15 +88,26 @@ def decode_row(results, batch, context, target):
     read = results.ceiling("read")
     floor = gap = start = ""
     if record is not None and read is not None:
-        floor_ms = (WEIGHT_BYTES + batch * context * KV_BYTES) / read / 1e6
-        floor = f"{floor_ms / record['ms']:.0%} of the read floor"
+        floor = f"{details.floor_ms(record, read) / record['ms']:.0%} of the read floor"
     kernels_ms = kernel_sum_ms(results, batch, context)
     if record is not None and kernels_ms is not None:
         gap = f"{record['ms']:.3f} ms, of which its kernels by themselves {kernels_ms:.3f}"
     if record is not None and early is not None:
         start = f"started early {record['ms'] / early['ms'] - 1.0:+.1%}"
+    free = step_record(results, batch=batch, context=context, launch="free")
+    if record is not None and free is not None:
+        start = joined(start, f"batch invariance costs {record['ms'] / free['ms'] - 1.0:+.1%}")
     return (f"decode, batch {batch}, context {context}, bf16", number(rate_of(record), "tok/s"), target,
             joined(floor, gap, start) or results.why_not("steps"))
+
+
+def prefill_row(results):
+    prompt, free = [results.find("prefill", weights="bf16", kv="bf16", launch=launch, prompt=2048)
+                    for launch in ("plain", "free")]
+    cost = "" if prompt is None or free is None else (
+        f"batch invariance costs {free['tokens_per_s'] / prompt['tokens_per_s'] - 1.0:+.1%}")
+    return ("prefill, prompts of 2048", number(prompt and prompt["tokens_per_s"], "tok/s"), ">= 42,000",
+            cost or results.why_not("steps"))
 
 
 def fp8_row(results):
@@ -199,9 +207,11 @@ def gap_row(results):
 
 def layers_row(results):
     layers, missing = results.find("layers"), results.find("skipped", name="layers")
+    bits = results.all("bits")
+    same = "" if not bits else f"the same bits in {sum(r['same'] for r in bits)} of {len(bits)} ways to batch"
     value = "not measured" if layers is None else f"{layers['mean_nats']:.4f} nat mean, {layers['p99_nats']:.4f} p99"
     return ("4 layers against another implementation", value, "<= 0.03, 0.12",
-            layers["against"] if layers else missing["why"] if missing else results.why_not("layers"))
+            joined(layers["against"] if layers else missing["why"] if missing else "", same, results.why_not("layers")))
 
 
 def rows(results):
@@ -217,9 +227,7 @@ def rows(results):
               kernel_row(results, "fc1 bf16", ("torch, matmul fc1",), rows=64),
               kernel_row(results, "head bf16", rows=64),
               decode_row(results, 1, 512, ">= 250"), decode_row(results, 64, 512, ">= 11,700"), fp8_row(results)]
-    prompt = results.find("prefill", weights="bf16", kv="bf16", launch="plain", prompt=2048)
-    table.append(("prefill, prompts of 2048", number(prompt and prompt["tokens_per_s"], "tok/s"), ">= 42,000",
-                  results.why_not("steps")))
+    table.append(prefill_row(results))
     table += [gap_row(results), steady_row(results, 128, 2048, 12800), steady_row(results, 1000, 1000, 8800),
               steady_row(results, 2048, 2048, 5400)]
     ready, first = [results.find("ready", shape="8b", start=start) for start in ("second", "first")]

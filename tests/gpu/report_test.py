@@ -42,7 +42,11 @@ class ReportTest(unittest.TestCase):
             ceilings=[{"kind": "ceiling", "name": "read", "gb_per_s": 4000.0}],
             roofline=[kernel, {**kernel, "name": "fc1 bf16, free choice", "us": 32.0},
                       {**kernel, "name": "fc1 bf16, first choice", "us": 50.0}],
-            steps=[{**STEP, "ms": 5.0}, {**STEP, "launch": "early", "ms": 4.9},
+            steps=[{**STEP, "ms": 5.0}, {**STEP, "launch": "early", "ms": 4.9}, {**STEP, "launch": "free", "ms": 4.0},
+                   {"kind": "prefill", "weights": "bf16", "kv": "bf16", "launch": "plain", "prompt": 2048,
+                    "tokens_per_s": 40000.0},
+                   {"kind": "prefill", "weights": "bf16", "kv": "bf16", "launch": "free", "prompt": 2048,
+                    "tokens_per_s": 50000.0},
                    {**STEP, "weights": "fp8", "kv": "fp8", "ms": 3.0},
                    {**STEP, "weights": "fp8-dynamic", "kv": "fp8", "ms": 2.5},
                    {"kind": "gap", "launch": "plain", "batch": 64, "context": 512, "steps": 299, "idle_p50_us": 4.0,
@@ -53,9 +57,10 @@ class ReportTest(unittest.TestCase):
                    {"kind": "peer_kernel", "name": "torch, matmul fc1", "rows": 64, "us": 45.0}])
         self.assertIn("| fc1 bf16, rows 64 | 40.0 us |  | 85% of the read ceiling; batch invariance costs +25%; against the "
                       "library's first choice -20%; torch, matmul fc1 45.0 us |", table)
-        # (14.45e9 + 64 * 512 * 131072) / 4e12 = 4.686 ms
+        # (7.223e9 * 2 + 64 * 512 * 131072) / 4e12 = 4.685 ms
         self.assertIn("| decode, batch 64, context 512, bf16 | 12,800 tok/s | >= 11,700 | "
-                      "94% of the read floor; started early +2.0% |", table)
+                      "94% of the read floor; started early +2.0%; batch invariance costs +25.0% |", table)
+        self.assertIn("| prefill, prompts of 2048 | 40,000 tok/s | >= 42,000 | batch invariance costs +25.0% |", table)
         self.assertIn("| decode, batch 64, context 512, weights and KV fp8 | 21,333 tok/s | about twice bf16 | "
                       "1.67 times bf16; fp8-dynamic 25,600 tok/s |", table)
         self.assertIn("| idle between decode graphs, p99, batch 64 | 61.5 us | <= 50 us | p50 4.0 us, of 299 steps |", table)

@@ -38,6 +38,7 @@ STAGES = {
     "roofline": (stages.roofline, 25, 90),
     "peers": (serving.peers, 60, 170),
     "steps-early": (stages.steps_of("none", "bf16", "early"), 20, 60),
+    "steps-free": (stages.steps_of("none", "bf16", "free"), 20, 60),
     "steps-fp8": (stages.steps_of("fp8", "fp8", "plain"), 25, 80),
     "closed": (serving.closed, 35, 90),
     "load-fp8": (serving.load_fp8, 50, 120),

@@ -16,6 +16,7 @@ import stages  # noqa: E402
 
 STAGES_HERE = ["device", "kernels", "serve", "ceilings", "model", "steps", "load", "roofline", "steps-early", "closed",
                "poisson", "steps-int8", "steps-int4"]
+HOW = "alone,together,steps"
 SMI = "echo 'Test Device, 1.2, [N/A], 1980, 3201, 345, 30, 700'"
 TESTS = "echo '[  PASSED  ] 3 tests.'"
 
@@ -63,7 +64,7 @@ class StagesTest(unittest.TestCase):
             for name, records in stages_of_before.items()}}))
 
     def test_every_stage_that_needs_no_device_runs_and_is_reported(self):
-        result = self.run_stages(*STAGES_HERE)
+        result = self.run_stages(*STAGES_HERE, "layers")
         logs = (self.out / "logs.txt").read_text()
         self.assertEqual(result.returncode, 0, result.stdout + result.stderr + logs[-4000:])
         for stage in STAGES_HERE:
@@ -90,6 +91,9 @@ class StagesTest(unittest.TestCase):
             self.assertEqual((record["failed"], record["weights"]), (0, "bf16"))
             self.assertGreater(record["tokens_per_s"], 0)
         self.assertEqual([r["start"] for r in self.records("load", "ready")], ["first", "second"])
+        bits = self.records("layers", "bits")
+        self.assertEqual([(r["what"], r["same"], r["largest_nats"]) for r in bits],
+                         [("prompts alone and in one batch", True, 0), ("prompts and decode steps", True, 0)])
         self.assertIn("| ceiling: read |", result.stdout)
         page = (self.out / "test-device-unknown.md").read_text()
         for heading in ("Decode steps", "Load over gRPC", "Kernels", "Starts, s", "Stages"):
@@ -249,10 +253,15 @@ class WeightsTest(unittest.TestCase):
     def test_they_are_those_of_the_file(self):
         self.run_program("minitron-make-checkpoint", "test", self.folder)
         tokens = self.folder / "tokens"
-        tokens.write_text("\n".join(" ".join(str(31 * row + 7 * i) for i in range(32)) for row in range(3)))
-        made = self.run_program("minitron-gpu-bench-emulated", "score", "random:test", "cuda", tokens)
-        read = self.run_program("minitron-gpu-bench-cpu", "score", self.folder, "cpu", tokens)
-        self.assertEqual(len(made), 3)
+        tokens.write_text("\n".join(" ".join(str(31 * row + 7 * i) for i in range(length))
+                                    for row, length in enumerate((32, 32, 21))))
+        made = self.run_program("minitron-gpu-bench-emulated", "score", "random:test", "cuda", tokens, HOW)
+        read = self.run_program("minitron-gpu-bench-cpu", "score", self.folder, "cpu", tokens, HOW)
+        for scores in (made, read):
+            alone, together, steps = [[r["logprobs"] for r in scores if r["how"] == how] for how in HOW.split(",")]
+            self.assertEqual([len(line) for line in alone], [31, 31, 20])
+            self.assertEqual(alone, together)  # to the bit, on either backend
+            self.assertEqual(alone, steps)
         differences = [abs(a - b) for x, y in zip(made, read) for a, b in zip(x["logprobs"], y["logprobs"], strict=True)]
         self.assertLess(sum(differences) / len(differences), 0.03)  # nat; bf16 activations. Other weights: over 1
 
@@ -264,6 +273,15 @@ class WeightsTest(unittest.TestCase):
         # The emulated device takes a microsecond for each piece of work: a step's two copies, one graph.
         self.assertEqual((gap["wait_p99_us"], gap["idle_p50_us"], gap["idle_p99_us"], gap["forward_us"]), (0, 2, 2, 1))
         self.assertGreater(gap["sampling_us"], 3)
+
+    def test_products_without_batch_invariance_are_for_these_weights_alone(self):
+        arguments = ("cuda", "none", "bf16", "free", "small")
+        records = self.run_program("minitron-gpu-bench-emulated", "steps", "random:test", *arguments)
+        self.assertEqual({(r["launch"], r["batch"]) for r in records if r["kind"] == "step"}, {("free", 1), ("free", 4)})
+        refused = subprocess.run([BINARIES / "minitron-gpu-bench-cpu", "steps", self.folder, *arguments],
+                                 capture_output=True, text=True, timeout=60)
+        self.assertEqual(refused.returncode, 1)
+        self.assertIn("only a model made on the device can do without invariance", refused.stderr)
 
     def test_only_the_kernel_asked_for_is_run(self):
         (record,) = self.run_program("minitron-gpu-bench-emulated", "kernel", "tiny", "decode attention fp8", 2, 40)

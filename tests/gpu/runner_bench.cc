@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <memory>
 #include <sstream>
@@ -33,6 +34,7 @@ double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 constexpr int kBlockSize = 32;
 constexpr int kMaxTokens = 2048;
+constexpr int kScoreBlocks = 4;  // of a line that is scored
 
 struct RunnerOptions {
   std::string model, backend, weights = "none", kv = "bf16", launch = "plain", points = "full";
@@ -45,18 +47,20 @@ struct Made {
   std::shared_ptr<StepGaps> gaps;  // null: not to be had
 };
 
-absl::StatusOr<Made> MakeFrom(const std::string& model, const engine::EngineOptions& options) {
+absl::StatusOr<Made> MakeFrom(const std::string& model, const engine::EngineOptions& options,
+                              [[maybe_unused]] bool batch_invariant) {
   constexpr const char* kRandom = "random:";
   if (model.starts_with(kRandom)) {
 #if defined(MINITRON_GPU_BENCH_WITHOUT_KERNELS)
     return absl::UnimplementedError(model + ": made on a device, and this is built without");
 #else
     if (options.quantization != Quantization::kOff) return absl::InvalidArgumentError(model + " is bf16");
-    auto random = MakeRandomRunner(model.substr(std::string(kRandom).size()), options);
+    auto random = MakeRandomRunner(model.substr(std::string(kRandom).size()), options, batch_invariant);
     if (!random.ok()) return random.status();
     return Made{std::move(random->runner), std::move(random->gaps)};
 #endif
   }
+  if (!batch_invariant) return absl::InvalidArgumentError("only a model made on the device can do without invariance");
 #if defined(MINITRON_GPU_BENCH_WITHOUT_ENGINE)
   return absl::UnimplementedError(model + ": this is built without the engine that reads it");
 #else
@@ -82,7 +86,9 @@ Made MakeRunner(const RunnerOptions& options) {
   engine_options.max_num_sequences = options.max_sequences;
   engine_options.max_context_tokens = options.max_context;
   engine_options.max_num_tokens = options.points == "small" ? 64 : kMaxTokens;
-  auto made = MakeFrom(options.model, engine_options);
+  // So that a run finds the products' choices of the one before.
+  if (const char* folder = std::getenv("MINITRON_GPU_CACHE_DIR"); folder != nullptr) engine_options.cache_dir = folder;
+  auto made = MakeFrom(options.model, engine_options, options.launch != "free");
   if (made.ok()) return *std::move(made);
   std::fprintf(stderr, "minitron-gpu-bench: %s\n", made.status().ToString().c_str());
   return {};
@@ -253,35 +259,91 @@ int Steps(const RunnerOptions& given) {
   return bench.Run() ? 0 : 1;
 }
 
-int Score(const RunnerOptions& given, const std::string& file_name) {
-  RunnerOptions options = given;
-  options.max_sequences = 1;
-  const Made made = MakeRunner(options);
-  ModelRunner* const runner = made.runner.get();
-  if (runner == nullptr) return 1;
+// A row of one sequence whose logprobs are asked for.
+void AddScored(Batch& batch, const std::vector<TokenId>& tokens, int sequence, int first, int count) {
+  const int first_row = batch.num_tokens();
+  AddRows(batch, sequence, kScoreBlocks, first, count, 0);
+  for (int i = 0; i < count; ++i) {
+    batch.token_ids[first_row + i] = tokens[first + i];
+    batch.results.push_back(
+        {.token_row = first_row + i, .sequence = sequence, .target = tokens[first + i + 1], .num_top_logprobs = 1});
+  }
+}
+
+using Rows = std::vector<engine::ResultRowOutput>;
+
+// Appends a batch's results to those of the sequences in it, `counts[s]` each. False: the runner failed.
+bool RunScored(ModelRunner& runner, const Batch& batch, const std::vector<std::pair<int, int>>& counts,
+               std::vector<Rows>& scores) {
+  if (!runner.Submit(batch).ok()) return false;
+  const auto result = runner.Collect();
+  if (!result.ok()) return false;
+  auto row = result->rows.begin();
+  for (const auto& [sequence, count] : counts) {
+    scores[sequence].insert(scores[sequence].end(), row, row + count);
+    row += count;
+  }
+  return true;
+}
+
+// The logprobs of every line: each line as a prompt of its own (alone), all prompts in one batch (together), or a token
+// of each at a time, as decode steps are (steps). The bits are the same, or the runner breaks its contract.
+bool ScoreLines(ModelRunner& runner, const std::vector<std::vector<TokenId>>& lines, const std::string& how,
+                std::vector<Rows>& scores) {
+  const int num_lines = static_cast<int>(lines.size());
+  scores.assign(lines.size(), {});
+  const auto length = [&](int line) { return static_cast<int>(lines[line].size()) - 1; };
+  if (how == "steps") {
+    for (int t = 0;; ++t) {
+      Batch batch;
+      std::vector<std::pair<int, int>> counts;
+      for (int s = 0; s < num_lines; ++s) {
+        if (t >= length(s)) continue;
+        AddScored(batch, lines[s], s, t, 1);
+        batch.results.back().sequence = static_cast<int>(counts.size());
+        counts.emplace_back(s, 1);
+      }
+      if (counts.empty()) return true;
+      if (!RunScored(runner, batch, counts, scores)) return false;
+    }
+  }
+  Batch batch;
+  std::vector<std::pair<int, int>> counts;
+  for (int s = 0; s < num_lines; ++s) {
+    AddScored(batch, lines[s], how == "alone" ? 0 : s, 0, length(s));
+    counts.emplace_back(s, length(s));
+    if (how != "alone" && s + 1 < num_lines) continue;
+    if (!RunScored(runner, batch, counts, scores)) return false;
+    batch = Batch();
+    counts.clear();
+  }
+  return true;
+}
+
+int Score(const RunnerOptions& given, const std::string& file_name, const std::string& ways) {
+  std::vector<std::vector<TokenId>> lines;
   std::ifstream file(file_name);
   for (std::string line; std::getline(file, line);) {
     std::istringstream words(line);
-    std::vector<TokenId> tokens;
-    for (TokenId token; words >> token;) tokens.push_back(token);
-    Batch batch;
-    AddRows(batch, 0, 1 << 10, 0, static_cast<int>(tokens.size()) - 1, 0);
-    for (int t = 0; t + 1 < static_cast<int>(tokens.size()); ++t) {
-      batch.token_ids[t] = tokens[t];
-      batch.results.push_back({.token_row = t, .target = tokens[t + 1], .num_top_logprobs = 1});
+    lines.emplace_back();
+    for (TokenId token; words >> token;) lines.back().push_back(token);
+  }
+  RunnerOptions options = given;
+  options.max_sequences = std::max(1, static_cast<int>(lines.size()));
+  options.max_context = kScoreBlocks * kBlockSize;
+  const Made made = MakeRunner(options);
+  if (made.runner == nullptr) return 1;
+  std::istringstream words(ways);
+  for (std::string how; std::getline(words, how, ',');) {
+    std::vector<Rows> scores;
+    if (!ScoreLines(*made.runner, lines, how, scores)) return 1;
+    for (const Rows& rows : scores) {
+      std::printf("{\"kind\": \"score\", \"how\": \"%s\", \"logprobs\": [", how.c_str());
+      for (size_t r = 0; r < rows.size(); ++r) std::printf("%s%.9g", r == 0 ? "" : ", ", rows[r].chosen.logprob);
+      std::printf("], \"top\": [");
+      for (size_t r = 0; r < rows.size(); ++r) std::printf("%s%d", r == 0 ? "" : ", ", rows[r].top[0].token_id);
+      std::printf("]}\n");
     }
-    if (!runner->Submit(batch).ok()) return 1;
-    const auto result = runner->Collect();
-    if (!result.ok()) return 1;
-    std::printf("{\"kind\": \"score\", \"logprobs\": [");
-    for (size_t r = 0; r < result->rows.size(); ++r) {
-      std::printf("%s%.6f", r == 0 ? "" : ", ", result->rows[r].chosen.logprob);
-    }
-    std::printf("], \"top\": [");
-    for (size_t r = 0; r < result->rows.size(); ++r) {
-      std::printf("%s%d", r == 0 ? "" : ", ", result->rows[r].top[0].token_id);
-    }
-    std::printf("]}\n");
   }
   return 0;
 }
@@ -298,7 +360,7 @@ int RunnerSteps(const std::vector<std::string>& arguments) {
 }
 
 int RunnerScore(const std::vector<std::string>& arguments) {
-  return Score({.model = arguments[0], .backend = arguments[1]}, arguments[2]);
+  return Score({.model = arguments[0], .backend = arguments[1]}, arguments[2], arguments[3]);
 }
 
 }  // namespace minitron::gpu

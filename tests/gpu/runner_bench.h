@@ -6,12 +6,15 @@
 
 namespace minitron::gpu {
 
-// MODEL, cuda|cpu, weights (none|int8|int4|fp8|fp8-dynamic), KV (bf16|fp8), launch (plain|early), points
+// MODEL, cuda|cpu, weights (none|int8|int4|fp8|fp8-dynamic), KV (bf16|fp8), launch (plain|early|free), points
 // (full|brief|small): decode steps per batch size and context, submitted ahead, and prompts; where weights are made on
-// the device (MODEL is random:SHAPE), what lies idle between decode graphs. Prints JSON lines; returns the exit code.
+// the device (MODEL is random:SHAPE), what lies idle between decode graphs. `free`, for those alone: each product has
+// the fastest algorithm for its number of rows, which shows what batch invariance costs. Prints JSON lines; returns the
+// exit code.
 int RunnerSteps(const std::vector<std::string>& arguments);
 
-// MODEL, cuda|cpu, TOKENS_FILE: the logprob of each token of each line but the first, and the most likely one there.
+// MODEL, cuda|cpu, TOKENS_FILE, some of alone,together,steps: the logprob of each token of each line but the first, and
+// the most likely one there. A line at a time, all in one batch, or a token of each at a time. Lines of at most 128.
 int RunnerScore(const std::vector<std::string>& arguments);
 
 }  // namespace minitron::gpu

@@ -65,7 +65,8 @@ class Context:
 
     def environment(self, **more):
         """The bundle's libraries, for its own programs only: the machine's have their own."""
-        return {**os.environ, "LD_LIBRARY_PATH": machine.library_path(self.bundle), **more}
+        return {**os.environ, "LD_LIBRARY_PATH": machine.library_path(self.bundle),
+                "MINITRON_GPU_CACHE_DIR": str(self.work), **more}
 
     def command(self, program, *arguments):
         return [str(self.bundle / "bin" / program), *map(str, arguments)]
@@ -201,30 +202,45 @@ def sanitizer(context):
     return None
 
 
-def score(context, which, tokens):
-    text = context.run(context.command("minitron-gpu-bench", "score", which, context.backend, tokens), 60)
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+def score(context, which, tokens, ways):
+    """Logprobs of the lines of a file, by the way they were made."""
+    text = context.run(context.command("minitron-gpu-bench", "score", which, context.backend, tokens, ",".join(ways)), 60)
+    records = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    return [[{key: record[key] for key in ("logprobs", "top")} for record in records if record["how"] == way]
+            for way in ways]
+
+
+def compare_bits(context, what, first, second):
+    """Whether two scores are the same, to the bit; and by how much not."""
+    largest = max(abs(a - b) for x, y in zip(first, second, strict=True)
+                  for a, b in zip(x["logprobs"], y["logprobs"], strict=True))
+    context.emit({"kind": "bits", "what": what, "same": first == second, "largest_nats": largest})
+    return "" if first == second else f"{what}: up to {largest:.4f} nat apart"
 
 
 def layers(context):
-    """Four layers of full width against another implementation on the same weights, and the weights made on the device
-    against those of the file."""
+    """Four layers of full width: the same bits however the rows are batched, and from weights made on the device as from
+    the file's; and logprobs against another implementation on the same weights."""
     shape = "tiny" if context.shape == "tiny" else "8b-4-layers"
     folder = context.model(shape)
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     rows = [[(7919 * row + 104729 * column) % vocab for column in range(64)] for row in range(16)]
     tokens, scores = context.work / "tokens.txt", context.work / "scores.json"
     tokens.write_text("\n".join(" ".join(map(str, row)) for row in rows) + "\n")
-    of_file = score(context, folder, tokens)
-    if context.shape != "tiny":
-        if score(context, f"random:{shape}", tokens) != of_file:
-            raise StageError("weights made on the device do not give what the file's give")
-        context.emit({"kind": "same_bits", "name": "weights made on the device and read from a file"})
+    alone, together, steps = score(context, folder, tokens, ("alone", "together", "steps"))
+    differences = [compare_bits(context, "prompts alone and in one batch", alone, together),
+                   compare_bits(context, "prompts and decode steps", alone, steps)]
+    if context.backend == "cuda":
+        (made,) = score(context, f"random:{shape}", tokens, ("alone",))
+        differences.append(compare_bits(context, "weights from a file and made on the device", alone, made))
     if importlib.util.find_spec("torch") is None:
-        return skip(context, "layers", "no torch here, which the other implementation needs")
-    scores.write_text(json.dumps(of_file))
-    check = [sys.executable, str(HERE / "layers_check.py"), str(folder), str(tokens), str(scores)]
-    return context.measure(check, 90, dict(os.environ))
+        skip(context, "layers", "no torch here, which the other implementation needs")
+    else:
+        scores.write_text(json.dumps(alone))
+        check = [sys.executable, str(HERE / "layers_check.py"), str(folder), str(tokens), str(scores)]
+        context.measure(check, 90, dict(os.environ))
+    if any(differences):
+        raise StageError("; ".join(filter(None, differences)))
 
 
 # --- Kernels and steps. ---
@@ -243,9 +259,11 @@ def steps_of(*formats, points="full"):
     def steps(context):
         tiny = context.shape == "tiny"
         made_there = formats[0] == "none" and context.backend == "cuda"
+        if "free" in formats and not made_there:
+            return skip(context, "steps-free", "products without batch invariance are for the cuda backend")
         which = f"random:{'test' if tiny else context.shape}" if made_there else context.model(context.shape)
-        context.measure(context.command("minitron-gpu-bench", "steps", which, context.backend, *formats,
-                                        "small" if tiny else points), 120)
+        return context.measure(context.command("minitron-gpu-bench", "steps", which, context.backend, *formats,
+                                               "small" if tiny else points), 120)
     return steps
 
 

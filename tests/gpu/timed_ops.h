@@ -3,6 +3,7 @@
 // next is waiting, for the host or for the step's arrays: the idle gap between decode graphs.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <utility>
@@ -42,12 +43,15 @@ class StepMarks final : public StepGaps {
   absl::StatusOr<std::vector<StepGap>> Gaps() override {
     std::vector<StepGap> gaps;
     absl::Status status;
+    // The last mark lies behind what the runner waits for.
+    const int last = std::min(current_, static_cast<int>(steps_.size()) - 1);
+    if (last >= 0) status = engine::cuda::ToStatus(cudaEventSynchronize(steps_[last][kEnd].get()), "wait for a mark");
     const auto us = [&](const engine::cuda::Event& from, const engine::cuda::Event& to) {
       float ms = 0.0f;
       if (status.ok()) status = engine::cuda::ToStatus(cudaEventElapsedTime(&ms, from.get(), to.get()), "elapsed time");
       return 1e3 * static_cast<double>(ms);
     };
-    for (int i = 1; i <= current_ && i < static_cast<int>(steps_.size()); ++i) {
+    for (int i = 1; i <= last; ++i) {
       const auto& step = steps_[i];
       gaps.push_back({.wait_us = us(steps_[i - 1][kEnd], step[kBegin]),
                       .upload_us = us(step[kBegin], step[kForward]),

@@ -174,6 +174,38 @@ void TimePrefill(Bench& bench, int prompt, bool fp8) {
 
 // --- Rows. ---
 
+void TimeRope(Bench& bench) {
+  const Shapes& s = bench.shapes;
+  const int most = s.batches.back(), width = s.query_width() + 2 * s.kv_heads * s.head_dim;
+  constexpr int kPosition = 7;
+  const AttentionScene scene(bench, most, 1 << AttentionScene::kShift, false);
+  auto rows = bench.MakeBf16(int64_t{most} * width);
+  const auto positions = bench.Make<int32_t>(most, [](int64_t) { return kPosition; });
+  const auto slots = bench.Make<int64_t>(most, [](int64_t i) { return (i << AttentionScene::kShift) + kPosition; });
+  const auto angles = bench.Make<float>((kPosition + 1) * s.head_dim / 4, [](int64_t) { return 0.7f; });
+  for (const int num_rows : s.batches) {
+    if (!bench.Wants("rope", num_rows)) continue;
+    const double seconds = bench.Time([&](int i, cudaStream_t stream) {
+      const Bf16* k = rows.data() + s.query_width();
+      return RopeAndStoreKv({.q = rows.data(),
+                             .k = k,
+                             .v = k + s.kv_heads * s.head_dim,
+                             .positions = positions.data(),
+                             .slot_mapping = slots.data(),
+                             .cosines = angles.data(),
+                             .sines = angles.data(),
+                             .cache = scene.Params(s, i, nullptr, nullptr).cache,
+                             .num_query_heads = s.kv_heads * s.group,
+                             .head_dim = s.head_dim,
+                             .rotary_dim = s.head_dim / 2,
+                             .q_stride = width,
+                             .kv_stride = width},
+                            num_rows, stream);
+    });
+    bench.Print("rope", num_rows, 0, seconds, 4.0 * num_rows * width, 0.0);
+  }
+}
+
 void TimeRows(Bench& bench) {
   const Shapes& s = bench.shapes;
   const int most = bench.shapes.batches.back();
@@ -244,6 +276,7 @@ void TimeAll(Bench& bench) {
     }
     for (const int prompt : s.prompts) TimePrefill(bench, prompt, fp8);
   }
+  TimeRope(bench);
   TimeRows(bench);
 }
 

@@ -69,9 +69,9 @@ def rate_of(record):
 
 
 def kernel_sum_ms(results, batch, context):
-    """The kernels of a bf16 decode step, each by itself, without rope, embedding and sampler; None unless all are there."""
+    """The kernels of a bf16 decode step, each by itself, without embedding and sampler; None unless all are there."""
     total = 0.0
-    for name, count in (("norm", 2 * LAYERS + 1), ("qkv bf16", LAYERS), ("o bf16", LAYERS), ("fc1 bf16", LAYERS),
+    for name, count in (("norm", 2 * LAYERS + 1), ("qkv bf16", LAYERS), ("rope", LAYERS), ("o bf16", LAYERS), ("fc1 bf16", LAYERS),
                         ("squared relu", LAYERS), ("fc2 bf16", LAYERS), ("head bf16", 1)):
         record = results.find("kernel", name=name, rows=batch)
         if record is None:

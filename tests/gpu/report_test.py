@@ -70,13 +70,13 @@ class ReportTest(unittest.TestCase):
                       "ours is 1.28 times as fast; as torch, compiled steps |", table)
 
     def test_a_step_is_set_against_its_kernels_only_when_all_are_there(self):
-        names = ("norm", "qkv bf16", "o bf16", "fc1 bf16", "squared relu", "fc2 bf16", "head bf16")
+        names = ("norm", "qkv bf16", "rope", "o bf16", "fc1 bf16", "squared relu", "fc2 bf16", "head bf16")
         kernels = [{"kind": "kernel", "name": name, "rows": 64, "us": 10.0, "bytes": 1, "flop": 1} for name in names]
         attention = {"kind": "kernel", "name": "decode attention bf16", "rows": 64, "context": 512, "us": 10.0, "bytes": 1,
                      "flop": 1}
         steps = [{**STEP, "ms": 5.0}]
-        # 65 norms, 32 each of qkv, o, fc1, the activation, fc2 and attention, one head: 258 kernels of 10 us
-        self.assertIn("5.000 ms, of which its kernels by themselves 2.580", self.table(
+        # 65 norms, 32 each of qkv, rope, o, fc1, the activation, fc2 and attention, one head: 290 kernels of 10 us
+        self.assertIn("5.000 ms, of which its kernels by themselves 2.900", self.table(
             steps=steps, roofline=[*kernels, attention]))
         self.assertNotIn("by themselves", self.table(steps=steps, roofline=kernels))
 

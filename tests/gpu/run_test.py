@@ -72,7 +72,7 @@ class StagesTest(unittest.TestCase):
             self.assertIn(f"===== {stage} =====", logs)
         self.assertEqual({r["name"] for r in self.records("ceilings", "ceiling")}, {"copy", "read", "bf16 GEMM"})
         self.assertEqual({r["name"] for r in self.records("roofline", "kernel")},
-                         {"norm", "squared relu",
+                         {"norm", "squared relu", "rope",
                           *[f"{m} bf16{c}" for m in ("qkv", "o", "fc1", "fc2", "head")
                             for c in ("", ", free choice", ", first choice")],
                           *[f"{m} {f}" for m in ("o", "fc1", "fc2") for f in ("int8", "int4", "fp8")],

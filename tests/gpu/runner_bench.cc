@@ -110,14 +110,17 @@ void AddRows(Batch& batch, int sequence, int blocks_per_sequence, int first, int
 
 bool Run(ModelRunner& runner, const Batch& batch) { return runner.Submit(batch).ok() && runner.Collect().ok(); }
 
-// Seconds to compute the contexts of sequences [first, last); negative when the runner failed.
+// Seconds to compute the contexts of sequences [first, last), with a token for each; negative when the runner failed.
 double Fill(ModelRunner& runner, int first, int last, int context, int blocks_per_sequence) {
+  const SamplingParams params{.temperature = 0.0f};
   const double begin = Now();
   for (int sequence = first; sequence < last; ++sequence) {
     for (int position = 0; position < context; position += runner.max_num_tokens()) {
       Batch batch;
       AddRows(batch, sequence, blocks_per_sequence, position, std::min(runner.max_num_tokens(), context - position),
               sequence);
+      // A step is waited for by its results: one without would be collected while it runs.
+      batch.results.push_back({.token_row = batch.num_tokens() - 1, .sequence = 0, .params = &params});
       if (!Run(runner, batch)) return -1.0;
     }
   }

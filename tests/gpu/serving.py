@@ -1,6 +1,7 @@
 """The stages that run the server, and the peers."""
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,9 +90,9 @@ def serve(context):
     context.emit({"kind": "ready", "shape": "tiny", "seconds": server.ready_s})
 
 
-def load_flags(context, *formats):
+def load_flags(context, *formats, cache=None):
     """Room for 256 sequences of 4,096 tokens, and for all of them to wait at once."""
-    return ["--model", context.model(context.shape), "--cache-dir", context.work, "--max-num-sequences", 256,
+    return ["--model", context.model(context.shape), "--cache-dir", cache or context.work, "--max-num-sequences", 256,
             "--max-step-tokens", 2048, "--max-prefill-chunk", 2048, "--max-queued-requests", 1024,
             "--max-queued-tokens", 1 << 22, "--max-queued-mib", 256, *formats]
 
@@ -129,7 +130,10 @@ def points(context, name, full):
 def load(context):
     """Clients over gRPC: the targets' shapes, and how long a start takes with the weights in the page cache, with and
     without the products' timed choices."""
-    flags = load_flags(context)
+    cache = context.work / "first-start"  # without the choices that stages before have made
+    shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir()
+    flags = load_flags(context, cache=cache)
     with Server(context, *flags) as server:
         context.emit({"kind": "ready", "shape": context.shape, "start": "first", "seconds": server.ready_s})
     with Server(context, *flags) as server:

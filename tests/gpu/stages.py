@@ -267,7 +267,7 @@ def steps_of(*formats, points="full"):
     return steps
 
 
-OURS = {"decode attention": "Decode", "prefill attention": "Prefill", "norm": "LayerNorm", "squared relu": "SquaredRelu",
+OURS = {"decode attention": "Decode", "prefill attention": "Prefill", "norm": "LayerNorm", "squared relu": "SquaredRelu", "rope": "Rope",
         "int8": "QuantizedMatMul", "int4": "QuantizedMatMul", "fp8": "QuantizedMatMul"}
 NCU_METRICS = ("Duration", "Memory Throughput", "DRAM Throughput", "Compute (SM) Throughput", "Achieved Occupancy",
                "Registers Per Thread", "L2 Hit Rate")

@@ -8,6 +8,7 @@
 #include "engine/convert.h"
 #include "engine/cpu/matmul.h"
 #include "engine/cpu/panel_matmul.h"
+#include "engine/cpu/squared_relu.h"
 
 namespace minitron::engine::cpu {
 namespace {
@@ -131,7 +132,7 @@ void CpuOps::AddLayerNorm1p(Matrix residual, ConstMatrix delta, const WeightView
 
 void CpuOps::MatMul(ConstMatrix x, const WeightView& w, Matrix out) {
   if (IsPanels(w.dtype)) {
-    PanelMatMul(pool_, x, w, quantized_rows_, out);
+    PanelMatMul(pool_, x, {{.w = w, .out = out}}, quantized_rows_);
   } else {
     cpu::MatMul(pool_, x, w, out);
   }
@@ -176,6 +177,10 @@ void CpuOps::StoreRow(int layer, int64_t slot, const float* keys, const float* v
 
 void CpuOps::ProjectQkv(ConstMatrix x, const WeightView& wq, const WeightView& wk, const WeightView& wv, Matrix q,
                         Matrix k, Matrix v) {
+  if (IsPanels(wq.dtype) && wk.dtype == wq.dtype && wv.dtype == wq.dtype) {
+    PanelMatMul(pool_, x, {{.w = wq, .out = q}, {.w = wk, .out = k}, {.w = wv, .out = v}}, quantized_rows_);
+    return;
+  }
   MatMul(x, wq, q);
   MatMul(x, wk, k);
   MatMul(x, wv, v);
@@ -210,11 +215,7 @@ void CpuOps::PagedAttention(const BatchView& batch, int layer, ConstMatrix q, Ma
 
 void CpuOps::SquaredRelu(Matrix x) {
   pool_.ParallelFor(x.rows, RowGrain(x.cols), [&](int64_t begin, int64_t end, int) {
-    for (float* value = x.data + begin * x.cols; value < x.data + end * x.cols; ++value) {
-      // Written so that NaN stays NaN: a broken row must be reported, not hidden.
-      const float positive = *value < 0.0f ? 0.0f : *value;
-      *value = positive * positive;
-    }
+    SquaredReluRange(x.data + begin * x.cols, (end - begin) * x.cols);
   });
 }
 

@@ -1,6 +1,7 @@
 // Matrix products with weights packed in panels.
 #pragma once
 
+#include "absl/types/span.h"
 #include "engine/cpu/quantize_rows.h"
 #include "engine/cpu/thread_pool.h"
 #include "engine/tensor.h"
@@ -17,8 +18,14 @@ namespace minitron::engine::cpu {
 // the same bits for int8 and int4. bf16 it sums in its own order: x is three bf16 parts, high to low, that add up to it
 // exactly; per 32 inputs and part, sum += (chain over even inputs) + (chain over odd inputs), subnormals as zero.
 // `workspace` holds the rearranged rows; it must be large enough for x.
-void PanelMatMul(ThreadPool& pool, MatrixView<const float> x, const WeightView& w, QuantizedRowsBuffer& workspace,
-                 MatrixView<float> out);
+// Several products of the same rows are one loop over all their panels, and x is rearranged once. Requires: w of one
+// type and depth.
+struct PanelProduct {
+  WeightView w;
+  MatrixView<float> out;
+};
+void PanelMatMul(ThreadPool& pool, MatrixView<const float> x, absl::Span<const PanelProduct> products,
+                 QuantizedRowsBuffer& workspace);
 
 // The kernel behind it, for panels [begin, end) on the calling thread. Benchmarks use it to time one thread.
 struct PanelJob {

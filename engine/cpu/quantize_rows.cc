@@ -13,12 +13,13 @@
 #define HWY_TARGET_INCLUDE "engine/cpu/quantize_rows.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+// After highway.h.
+#include "engine/cpu/panel_tiles-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace minitron::engine::cpu {
 namespace HWY_NAMESPACE {
 
-namespace hn = hwy::HWY_NAMESPACE;
 using FloatTag = hn::CappedTag<float, 16>;
 
 // max|x[0 .. count)|, or NaN if a value is not finite. Exact, so in any order.
@@ -99,10 +100,13 @@ void QuantizeNarrow(const MatrixView<const float>& x, int64_t begin, int64_t end
       const int64_t at = group * x.rows + r;
       int8_t* q = out.narrow + at * kInt4Group;
       Round(Finite(scale, values, kZeros), count, kInt4Group, scale.inverse, q);
-      int32_t sum = 0;
-      for (int64_t i = 0; i < kInt4Group; ++i) sum += q[i];
+      int32_t halves[2] = {};
+      for (int64_t i = 0; i < kInt4Group; i += 4) {
+        halves[0] -= 8 * (q[i] + q[i + 1]);
+        halves[1] -= 8 * (q[i + 2] + q[i + 3]);
+      }
       out.group_scales[at] = scale.scale;
-      out.offsets[at] = -8 * sum;
+      out.offsets[at] = kSumHalves ? halves[1] * (1 << 16) | (halves[0] & 0xFFFF) : halves[0] + halves[1];
     }
   }
 }

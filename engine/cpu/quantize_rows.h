@@ -16,7 +16,8 @@ namespace minitron::engine::cpu {
 //   for int8 weights: int16, scale = max|x| / 32767 of the whole row. Products of a group sum exactly in 32 bits:
 //                     64 * 127 * 32767 < 2^31.
 //   for int4 weights: int8, scale = max|x| / 127 of each group of 32. `offsets` are -8 * sum(q) of the group, which
-//                     undoes the plus 8 of the stored weights.
+//                     undoes the plus 8 of the stored weights; where the kernels sum in halves of 16 bits
+//                     (panel_tiles-inl.h), the same of the first and of the last two inputs of each quad.
 struct QuantizedRows {
   int64_t rows = 0;
   bool for_amx = false;           // arranged for amx_matmul.h

@@ -68,8 +68,8 @@ void BenchMatMul(cpu::ThreadPool& pool, const Limits& limits, const engine::Nemo
       for (int run = 0; run < kRuns; ++run) {
         const auto start = std::chrono::steady_clock::now();
         for (size_t i = 0; i < per_run; ++i) {
-          cpu::PanelMatMul(pool, {x.data(), m, depth}, copies.views[next++ % copies.views.size()], workspace,
-                           {out.data(), m, outs});
+          const WeightView& w = copies.views[next++ % copies.views.size()];
+          cpu::PanelMatMul(pool, {x.data(), m, depth}, {{.w = w, .out = {out.data(), m, outs}}}, workspace);
         }
         const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
         seconds.push_back(elapsed.count() / static_cast<double>(per_run));

@@ -132,7 +132,7 @@ class PanelMatMulTest : public testing::TestWithParam<DType> {
  protected:
   std::vector<float> Multiply(ThreadPool& pool, const std::vector<float>& x, int64_t rows, const WeightView& w) {
     std::vector<float> out(rows * w.rows, -7.0f);
-    PanelMatMul(pool, {x.data(), rows, w.cols}, w, workspace_, {out.data(), rows, w.rows});
+    PanelMatMul(pool, {x.data(), rows, w.cols}, {{.w = w, .out = {out.data(), rows, w.rows}}}, workspace_);
     return out;
   }
 
@@ -188,6 +188,24 @@ TEST_P(PanelMatMulTest, RowsHaveTheSameBitsInAnyBatchAndAtAnyThreadCount) {
       ASSERT_EQ(std::memcmp(together.data(), alone.data(), together.size() * sizeof(float)), 0) << rows << " rows";
     }
   });
+}
+
+TEST_P(PanelMatMulTest, SeveralProductsInOneLoopEqualEachAlone) {
+  ThreadPool one(1), three(3);
+  const int64_t depth = 200, rows = 5;
+  const std::vector<float> x = RandomRows(rows, depth, 16);
+  std::vector<Packed> packed;
+  std::vector<std::vector<float>> outs;
+  for (const int64_t count : {1, 33, 96, 31, 257}) {
+    packed.push_back(Pack(RandomSource(count, depth, 17 + count).view, GetParam()));
+    outs.emplace_back(rows * count, -7.0f);
+  }
+  std::vector<PanelProduct> products;
+  for (size_t i = 0; i < packed.size(); ++i) {
+    products.push_back({.w = packed[i].view, .out = {outs[i].data(), rows, packed[i].view.rows}});
+  }
+  PanelMatMul(three, {x.data(), rows, depth}, products, workspace_);
+  for (size_t i = 0; i < packed.size(); ++i) ASSERT_EQ(outs[i], Multiply(one, x, rows, packed[i].view)) << i;
 }
 
 TEST_P(PanelMatMulTest, StaysCloseToTheUnquantisedProduct) {

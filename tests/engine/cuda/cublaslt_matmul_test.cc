@@ -10,6 +10,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/cuda/kernels.h"
@@ -18,6 +19,7 @@
 #include "gtest/gtest.h"
 #include "tests/engine/cuda/device_array.h"
 #include "tests/engine/cuda/fake_cublaslt.h"
+#include "tests/engine/cuda/runner_fixture.h"
 
 namespace minitron::engine::cuda {
 namespace {
@@ -231,6 +233,40 @@ TEST_F(CublasLtMatMulTest, Fp8ProductsAreTheReferencesWhetherTheLibraryScalesOrN
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_EQ(status.message(),
             "cublasLt 130100 has no product in fp8 on this device; quantization fp8 has weights of the same size");
+}
+
+// What is asked and timed is asked and timed at the start, for prompts of any length too; and the whole runner over the
+// library gives the bits it gives over the reference.
+TEST_F(CublasLtMatMulTest, EveryChoiceIsMadeBeforeARunnerIsReady) {
+  const RandomModel model(CudaConfig(), DType::kBf16, 6);
+  const RunnerLimits limits{
+      .block_size = 16, .num_kv_blocks = 16, .max_num_sequences = 2, .max_num_tokens = 64, .max_context_tokens = 128};
+  const auto create = [&](std::unique_ptr<MatMul> matmul, Quantization quantization) {
+    auto runner = CreateCudaModelRunner(model.config(), model.weights(), limits, kDevice, std::move(matmul),
+                                        {.quantization = quantization});
+    EXPECT_TRUE(runner.ok()) << runner.status();
+    return *std::move(runner);
+  };
+  for (const auto& [quantization, row_scales] :
+       {std::pair{Quantization::kOff, true}, {Quantization::kFp8Dynamic, true}, {Quantization::kFp8Dynamic, false}}) {
+    TheLibrary().has_row_scales = row_scales;
+    TheLibrary().masks.clear();
+    const auto runner = create(Make({}), quantization), reference = create(CreateReferenceMatMul(), quantization);
+    const size_t num_asked = TheLibrary().masks.size();
+    EXPECT_GE(num_asked, 5u) << "four matrices of a layer and the head";
+    const emulation::LiveObjects ready = emulation::CountLiveObjects();
+    for (const int length : {1, 2, 17, 50}) {
+      const std::vector<TokenId> prompt(length, 7);
+      const StepResult actual = Score(*runner, prompt, {}), expected = Score(*reference, prompt, {});
+      ASSERT_EQ(actual.rows.size(), expected.rows.size());
+      for (size_t r = 0; r < actual.rows.size(); ++r) {
+        EXPECT_EQ(actual.rows[r].token_id, expected.rows[r].token_id);
+        EXPECT_EQ(actual.rows[r].chosen, expected.rows[r].chosen);
+      }
+    }
+    EXPECT_EQ(TheLibrary().masks.size(), num_asked);
+    EXPECT_EQ(emulation::CountLiveObjects(), ready);
+  }
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "engine/base/check.h"
-#include "engine/cuda/device_memory.h"
 #include "engine/cuda/kernels.h"
 
 using minitron::engine::cuda::FakeAlgorithm;
@@ -140,9 +139,9 @@ cublasStatus_t ConfigGet(const cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoCon
   return CUBLAS_STATUS_SUCCESS;
 }
 
-// The product itself, by the reference kernels.
+// The product itself, by the reference kernels; `product` is work space.
 cudaError_t Multiply(const EmulatedMatmulDesc& desc, const void* w, const void* x, Store store, cudaDataType out_type,
-                     int rows, int outs, int depth, bool fp8, void* out, cudaStream_t stream) {
+                     int rows, int outs, int depth, bool fp8, float* product, void* out, cudaStream_t stream) {
   if (!fp8) {
     const auto *weights = static_cast<const Bf16*>(w), *inputs = static_cast<const Bf16*>(x);
     if (out_type == CUDA_R_32F) {
@@ -154,13 +153,10 @@ cudaError_t Multiply(const EmulatedMatmulDesc& desc, const void* w, const void* 
   if (out_type == CUDA_R_32F) {
     return ReferenceFp8MatMul(inputs, codes, rows, outs, depth, static_cast<float*>(out), stream);
   }
-  auto product = DeviceBuffer<float>::Allocate(int64_t{rows} * outs);
-  CHECK(product.ok() && desc.scales[0] != nullptr);
-  cudaError_t error = ReferenceFp8MatMul(inputs, codes, rows, outs, depth, product->data(), stream);
+  CHECK(desc.scales[0] != nullptr);
+  const cudaError_t error = ReferenceFp8MatMul(inputs, codes, rows, outs, depth, product, stream);
   if (error != cudaSuccess) return error;
-  error =
-      ScaleProduct(product->data(), desc.scales[1], desc.scales[0], rows, outs, store, static_cast<Bf16*>(out), stream);
-  return error != cudaSuccess ? error : cudaStreamSynchronize(stream);  // before the memory goes
+  return ScaleProduct(product, desc.scales[1], desc.scales[0], rows, outs, store, static_cast<Bf16*>(out), stream);
 }
 
 cublasStatus_t MatMulCall(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha, const void* w,
@@ -178,8 +174,9 @@ cublasStatus_t MatMulCall(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const voi
   if (algorithm->fails) return CUBLAS_STATUS_EXECUTION_FAILED;
   const int rows = x_layout->cols, outs = w_layout->cols, depth = w_layout->rows;
   TheLibrary().products.push_back({algorithm->id, rows, outs, depth});
-  const cudaError_t error = Multiply(*desc, w, x, add == 1.0f ? Store::kAdd : Store::kReplace, out_layout->type, rows,
-                                     outs, depth, w_layout->type == CUDA_R_8F_E4M3, out, stream);
+  const cudaError_t error =
+      Multiply(*desc, w, x, add == 1.0f ? Store::kAdd : Store::kReplace, out_layout->type, rows, outs, depth,
+               w_layout->type == CUDA_R_8F_E4M3, static_cast<float*>(workspace), out, stream);
   if (error != cudaSuccess) return CUBLAS_STATUS_EXECUTION_FAILED;
   const emulation::GridShape one{{1}, {1}, 0};
   const auto pass_time = [milliseconds = algorithm->milliseconds] { emulation::PassTime(milliseconds); };

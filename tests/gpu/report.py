@@ -209,9 +209,14 @@ def layers_row(results):
     layers, missing = results.find("layers"), results.find("skipped", name="layers")
     bits = results.all("bits")
     same = "" if not bits else f"the same bits in {sum(r['same'] for r in bits)} of {len(bits)} ways to batch"
-    value = "not measured" if layers is None else f"{layers['mean_nats']:.4f} nat mean, {layers['p99_nats']:.4f} p99"
-    return ("4 layers against another implementation", value, "<= 0.03, 0.12",
-            joined(layers["against"] if layers else missing["why"] if missing else "", same, results.why_not("layers")))
+    value, against = "not measured", ""
+    if layers is not None:
+        value = f"{layers['mean_nats']:.4f} nat mean, {layers['p99_nats']:.4f} p99, regret {layers['regret_nats']:.4f}"
+        other = layers["other_in_bf16"]
+        against = (f"{layers['against']}, which in bf16 is {other['mean_nats']:.4f} and {other['p99_nats']:.4f} from "
+                   "itself")
+    return ("4 layers against another implementation", value, "<= 0.03, 0.12, 0.2",
+            joined(against or (missing["why"] if missing else ""), same, results.why_not("layers")))
 
 
 def rows(results):

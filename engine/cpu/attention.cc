@@ -52,18 +52,26 @@ HWY_INLINE hn::Vec<Tag> LoadElements(Tag tag, const uint16_t* p) {
   return hn::BitCast(tag, hn::ShiftLeft<16>(hn::PromoteTo(wide, hn::LoadU(narrow, p))));
 }
 
-// scores[h, key] = q[h] . K[key] * scale for kHeads heads and one vector of keys.
-template <int kHeads, class Tag, typename Element>
-HWY_INLINE void ScoreTile(Tag tag, const float* queries, const Element* keys, int64_t head_dim, int64_t block_size,
-                          float scale, float* scores) {
-  hn::Vec<Tag> sums[kHeads];
-  for (int h = 0; h < kHeads; ++h) sums[h] = hn::Zero(tag);
+// scores[v][h, key] = q[h] . K[key] * scale for kHeads heads and kKeyVectors vectors of keys, which start at keys[v].
+template <int kHeads, int kKeyVectors, class Tag, typename Element>
+HWY_INLINE void ScoreTile(Tag tag, const float* queries, const Element* const* keys, int64_t head_dim,
+                          int64_t block_size, float scale, float* const* scores) {
+  hn::Vec<Tag> sums[kHeads][kKeyVectors];
+  for (int h = 0; h < kHeads; ++h) {
+    for (int v = 0; v < kKeyVectors; ++v) sums[h][v] = hn::Zero(tag);
+  }
   for (int64_t d = 0; d < head_dim; ++d) {
-    const auto key = LoadElements(tag, keys + d * block_size);
-    for (int h = 0; h < kHeads; ++h) sums[h] = hn::MulAdd(hn::Set(tag, queries[h * head_dim + d]), key, sums[h]);
+    hn::Vec<Tag> key[kKeyVectors];
+    for (int v = 0; v < kKeyVectors; ++v) key[v] = LoadElements(tag, keys[v] + d * block_size);
+    for (int h = 0; h < kHeads; ++h) {
+      const auto query = hn::Set(tag, queries[h * head_dim + d]);
+      for (int v = 0; v < kKeyVectors; ++v) sums[h][v] = hn::MulAdd(query, key[v], sums[h][v]);
+    }
   }
   for (int h = 0; h < kHeads; ++h) {
-    hn::StoreU(hn::Mul(sums[h], hn::Set(tag, scale)), tag, scores + h * kAttentionRange);
+    for (int v = 0; v < kKeyVectors; ++v) {
+      hn::StoreU(hn::Mul(sums[h][v], hn::Set(tag, scale)), tag, scores[v] + h * kAttentionRange);
+    }
   }
 }
 
@@ -71,17 +79,28 @@ HWY_INLINE void ScoreTile(Tag tag, const float* queries, const Element* keys, in
 // used.
 template <int kHeads, typename Element, class Tag>
 HWY_INLINE void ScoreHeads(Tag tag, const AttentionRange& range, int first_head) {
+  // 8 or 12 chains hide the latency of a multiply-add and fit AVX2's 16 registers.
+  constexpr int kKeyVectors = kHeads > 2 ? 2 : 4;
   const KvCacheShape& shape = range.cache->shape();
   const float scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
   const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
-  float* scores = range.scores + first_head * kAttentionRange;
+  const float* queries = range.queries + int64_t{first_head} * shape.head_dim;
+  const Element* keys[kKeyVectors];
+  float* scores[kKeyVectors];
+  int waiting = 0;
   for (int64_t key = range.first_key; key < range.end_key; key += shape.block_size) {
-    const Element* keys =
+    const Element* block =
         range.cache->KeyBlock<Element>(range.layer, range.block_ids[key / shape.block_size], range.head);
     for (int64_t offset = 0; offset < shape.block_size && key + offset < range.end_key; offset += lanes) {
-      ScoreTile<kHeads>(tag, range.queries + int64_t{first_head} * shape.head_dim, keys + offset, shape.head_dim,
-                        shape.block_size, scale, scores + (key - range.first_key) + offset);
+      keys[waiting] = block + offset;
+      scores[waiting] = range.scores + first_head * kAttentionRange + (key - range.first_key) + offset;
+      if (++waiting < kKeyVectors) continue;
+      ScoreTile<kHeads, kKeyVectors>(tag, queries, keys, shape.head_dim, shape.block_size, scale, scores);
+      waiting = 0;
     }
+  }
+  for (int v = 0; v < waiting; ++v) {
+    ScoreTile<kHeads, 1>(tag, queries, keys + v, shape.head_dim, shape.block_size, scale, scores + v);
   }
 }
 
@@ -145,8 +164,16 @@ HWY_INLINE void AttendHeads(Tag tag, const AttentionRange& range, int first_head
   for (int h = first_head; h < first_head + kHeads; ++h) {
     sums[h] = ExpAndSum(tag, range.scores + h * kAttentionRange, range.end_key - range.first_key, &maxima[h]);
   }
-  // 6 heads x 2 vectors are 12 of AVX2's 16 registers and more than enough chains to hide the latency.
+  // As many vectors of dims at a time as there are registers for, or the values are read again and again: 6 heads x 4
+  // vectors are 24 of AVX-512's 32 registers, 6 x 2 are 12 of AVX2's 16.
+  constexpr int kMost = HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86 ? 24 : 12;
+  constexpr int kWide = kHeads * 8 <= kMost ? 8 : 4;
   int64_t d = 0;
+  if constexpr (kHeads * kWide <= kMost) {
+    for (; d + kWide * lanes <= head_dim; d += kWide * lanes) {
+      ValueTile<kHeads, kWide, Element>(tag, range, first_head, d);
+    }
+  }
   for (; d + 2 * lanes <= head_dim; d += 2 * lanes) ValueTile<kHeads, 2, Element>(tag, range, first_head, d);
   for (; d + lanes <= head_dim; d += lanes) ValueTile<kHeads, 1, Element>(tag, range, first_head, d);
   for (; d < head_dim; ++d) ValueTile<kHeads, 1, Element>(hn::CappedTag<float, 1>(), range, first_head, d);

@@ -84,10 +84,14 @@ void ThreadPool::Run(int64_t count, int64_t grain, Trampoline trampoline, const 
 int64_t ThreadPool::PartEnd(int64_t num_ranges, int part) const { return num_ranges * (part + 1) / num_threads(); }
 
 void ThreadPool::RunRanges(uint32_t loop, int thread) {
-  for (int i = 0; i < num_threads(); ++i) RunPart(loop, thread, (thread + i) % num_threads());
+  // What is left is told once, not per range: the counter's cache line travels between the cores each time.
+  uint32_t done = 0;
+  for (int i = 0; i < num_threads(); ++i) done += RunPart(loop, thread, (thread + i) % num_threads());
+  if (done != 0 && ranges_left_.fetch_sub(done, std::memory_order_acq_rel) == done) ranges_left_.notify_one();
 }
 
-void ThreadPool::RunPart(uint32_t loop, int thread, int part) {
+uint32_t ThreadPool::RunPart(uint32_t loop, int thread, int part) {
+  uint32_t done = 0;
   std::atomic<uint64_t>& shared = parts_[part].ticket;
   uint64_t ticket = shared.load(std::memory_order_acquire);
   while (static_cast<uint32_t>(ticket >> 32) == loop && static_cast<uint32_t>(ticket) != 0) {
@@ -101,9 +105,10 @@ void ThreadPool::RunPart(uint32_t loop, int thread, int part) {
     }
     const int64_t begin = (PartEnd(NumRanges(count, grain), part) - static_cast<uint32_t>(ticket)) * grain;
     trampoline(function, begin, std::min(begin + grain, count), thread);
-    if (ranges_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) ranges_left_.notify_one();
+    ++done;
     ticket = shared.load(std::memory_order_acquire);
   }
+  return done;
 }
 
 void ThreadPool::WorkerMain(int thread) {

@@ -39,8 +39,8 @@ class ThreadPool {
 
   void Run(int64_t count, int64_t grain, Trampoline trampoline, const void* function);
   void RunRanges(uint32_t loop, int thread);
-  void RunPart(uint32_t loop, int thread, int part);
-  int64_t PartEnd(int64_t num_ranges, int part) const;  // first range that is not in `part` or one before it
+  uint32_t RunPart(uint32_t loop, int thread, int part);  // returns how many ranges it ran
+  int64_t PartEnd(int64_t num_ranges, int part) const;    // first range that is not in `part` or one before it
   void WorkerMain(int thread);
 
   // The loop at hand. Written by the caller before the tickets announce it; a worker that read them while they changed

@@ -144,6 +144,9 @@ def transformers_batching(name, folder):
     if len(ends) == requests:
         seconds = max(ends) - min(result.created_time for result in results.values())
     tokens = sum(len(result.generated_tokens) for result in results.values())
+    if tokens < requests * output:
+        errors = {str(result.error) for result in results.values() if getattr(result, "error", None)}
+        raise Missing(f"transformers gave {tokens} of {requests * output} tokens: {'; '.join(sorted(errors))[:200]}")
     emit(kind="peer", name=name, batch=requests, context=prompt, tokens_per_s=tokens / seconds, ms=seconds * 1e3)
 
 

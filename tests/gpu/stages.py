@@ -145,12 +145,15 @@ def device(context):
     if machine.find_program("nvidia-smi") is not None:
         fields = ("name", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.mem", "clocks.sm",
                   "temperature.gpu", "power.limit")
-        text = context.run([machine.find_program("nvidia-smi"), f"--query-gpu={','.join(fields)}",
-                            "--format=csv,noheader,nounits"], 20, dict(os.environ))
-        values = [value.strip() for value in (text.splitlines() or [""])[0].split(",")]
-        record.update({field.replace(".", "_"): value for field, value in zip(fields, values)})
+        try:
+            text = context.run([machine.find_program("nvidia-smi"), f"--query-gpu={','.join(fields)}",
+                                "--format=csv,noheader,nounits"], 20, dict(os.environ))
+            values = [value.strip() for value in (text.splitlines() or [""])[0].split(",")]
+            record.update({field.replace(".", "_"): value for field, value in zip(fields, values)})
+        except StageError as why:  # the driver's own answer will do
+            record["nvidia_smi"] = str(why)
     if "name" not in record:
-        raise StageError(found.get("error", "no device and no nvidia-smi"))
+        raise StageError(record.get("nvidia_smi") or found.get("error") or "no device and no nvidia-smi")
     context.emit(record)
 
 

@@ -160,25 +160,33 @@ constexpr int64_t Int4Offset(int64_t o, int64_t i) {
   return o / kHalfOuts * (kHalfOuts * kInt4Group / 2) + i / 8 * (kHalfOuts * 4) + o % kHalfOuts * 4 + i % 4;
 }
 
-void PackInt8Panel(const WeightView& source, int64_t panel, uint8_t* block) {
+// Returns whether all numbers are finite.
+bool PackInt8Panel(const WeightView& source, int64_t panel, uint8_t* block) {
   Group<kInt8Group> w, q;
+  bool finite = true;
   for (int64_t begin = 0; begin < source.cols; begin += kInt8Group, block += kInt8BlockBytes) {
     for (int64_t o = 0; o < kPanelOuts; ++o) {
       LoadGroup(source, panel * kPanelOuts + o, begin, kInt8Group, reinterpret_cast<float*>(w.data()));
-      StoreScale(QuantizeInt8Group(w, q), o, block + kPanelOuts * kInt8Group);
+      const float scale = QuantizeInt8Group(w, q);
+      finite = finite && !std::isnan(scale);
+      StoreScale(scale, o, block + kPanelOuts * kInt8Group);
       for (int64_t i = 0; i < kInt8Group; ++i) {
         block[Int8Offset(o, i)] = static_cast<uint8_t>(static_cast<int8_t>(q[i / kWidth][i % kWidth]));
       }
     }
   }
+  return finite;
 }
 
-void PackInt4Panel(const WeightView& source, int64_t panel, uint8_t* block) {
+bool PackInt4Panel(const WeightView& source, int64_t panel, uint8_t* block) {
   Group<kInt4Group> w, q;
+  bool finite = true;
   for (int64_t begin = 0; begin < source.cols; begin += kInt4Group, block += kInt4BlockBytes) {
     for (int64_t o = 0; o < kPanelOuts; ++o) {
       LoadGroup(source, panel * kPanelOuts + o, begin, kInt4Group, reinterpret_cast<float*>(w.data()));
-      StoreScale(QuantizeInt4Group(w, q), o, block + kPanelOuts * kInt4Group / 2);
+      const float scale = QuantizeInt4Group(w, q);
+      finite = finite && !std::isnan(scale);
+      StoreScale(scale, o, block + kPanelOuts * kInt4Group / 2);
       for (int64_t octet = 0; octet < kInt4Group; octet += 8) {
         for (int64_t j = 0; j < 4; ++j) {
           const int low = static_cast<int>(q[octet / kWidth][j]) + 8;
@@ -188,6 +196,7 @@ void PackInt4Panel(const WeightView& source, int64_t panel, uint8_t* block) {
       }
     }
   }
+  return finite;
 }
 
 // The value at (o, i) of a panel.
@@ -210,11 +219,12 @@ float PanelValue(DType dtype, const uint8_t* panel, int64_t o, int64_t i) {
 
 }  // namespace
 
-void PackPanel(const WeightView& source, DType dtype, int64_t panel, uint8_t* destination) {
+bool PackPanel(const WeightView& source, DType dtype, int64_t panel, uint8_t* destination) {
   CHECK(!IsPanels(source.dtype) && panel >= 0 && panel < NumPanels(source.rows));
   switch (dtype) {
     case DType::kBf16Panels:
-      return PackBf16Panel(source, panel, destination);
+      PackBf16Panel(source, panel, destination);
+      return true;
     case DType::kInt8Panels:
       return PackInt8Panel(source, panel, destination);
     case DType::kInt4Panels:
@@ -222,6 +232,7 @@ void PackPanel(const WeightView& source, DType dtype, int64_t panel, uint8_t* de
     default:
       CHECK(false);
   }
+  return false;
 }
 
 void UnpackPanels(const WeightView& packed, float* destination) {

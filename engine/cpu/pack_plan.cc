@@ -2,10 +2,15 @@
 
 #include <unistd.h>
 
+#include <atomic>
+#include <cmath>
 #include <cstdio>
+#include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "engine/base/check.h"
 #include "engine/checkpoint/mapped_file.h"
+#include "engine/convert.h"
 #include "engine/cpu/panel_format.h"
 
 namespace minitron::engine::cpu {
@@ -26,6 +31,21 @@ bool IsPacked(const WeightView& source, Quantization quantization) {
   return quantization != Quantization::kOff || source.dtype == DType::kBf16;
 }
 
+// Names the first number of the matrix that is none. Quantised it would spoil its whole group.
+absl::Status NotFiniteError(const PackedMatrix& matrix) {
+  const WeightView& source = matrix.source;
+  std::vector<float> row(source.cols);
+  for (int64_t r = 0; r < source.rows; ++r) {
+    WeightsToFloat(source, r * source.cols, source.cols, row.data());
+    for (int64_t c = 0; c < source.cols; ++c) {
+      if (std::isfinite(row[c])) continue;
+      return absl::InvalidArgumentError(absl::StrCat("tensor ", matrix.name, " has ", row[c], " at [", r, ", ", c,
+                                                     "]: only finite weights can be quantized"));
+    }
+  }
+  return absl::InternalError(absl::StrCat("tensor ", matrix.name, " has numbers that cannot be quantized"));
+}
+
 }  // namespace
 
 PackPlan::PackPlan(const NemotronWeights& source, Quantization quantization) {
@@ -36,7 +56,7 @@ PackPlan::PackPlan(const NemotronWeights& source, Quantization quantization) {
     if (quantization == Quantization::kInt4) {
       dtype = &view == &source.lm_head ? DType::kInt8Panels : DType::kInt4Panels;
     }
-    matrices.push_back({view, dtype, num_bytes});
+    matrices.push_back({view, dtype, num_bytes, source.NameOf(view.data)});
     num_bytes += PackedBytes(dtype, view.rows, view.cols);
   });
 }
@@ -56,8 +76,8 @@ NemotronWeights ReplaceMatrices(const NemotronWeights& source, const PackPlan& p
   return result;
 }
 
-void PackImage(const PackPlan& plan, const Checkpoint* checkpoint, ThreadPool& pool, bool show_progress,
-               uint8_t* image) {
+absl::Status PackImage(const PackPlan& plan, const Checkpoint* checkpoint, ThreadPool& pool, bool show_progress,
+                       uint8_t* image) {
   const bool draw = show_progress && plan.num_bytes >= kPrefaultThresholdBytes && isatty(STDERR_FILENO) != 0;
   const auto will_need = [&](size_t i) {
     if (checkpoint == nullptr || i >= plan.matrices.size()) return;
@@ -69,16 +89,20 @@ void PackImage(const PackPlan& plan, const Checkpoint* checkpoint, ThreadPool& p
     const PackedMatrix& matrix = plan.matrices[i];
     const WeightView& source = matrix.source;
     const int64_t panel_bytes = PanelBytes(matrix.dtype, source.cols);
+    std::atomic<bool> finite{true};
     pool.ParallelFor(NumPanels(source.rows), 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        PackPanel(source, matrix.dtype, panel, image + matrix.offset + panel * panel_bytes);
+        uint8_t* destination = image + matrix.offset + panel * panel_bytes;
+        if (!PackPanel(source, matrix.dtype, panel, destination)) finite.store(false, std::memory_order_relaxed);
       }
     });
+    if (!finite.load()) return NotFiniteError(matrix);
     if (checkpoint != nullptr) checkpoint->DoneWith(source.data, source.bytes());
     if (!draw) continue;
     const int64_t done = matrix.offset + PackedBytes(matrix.dtype, source.rows, source.cols);
     std::fprintf(stderr, "\r%s%s", ProgressLine(done, plan.num_bytes).c_str(), done == plan.num_bytes ? "\n" : "");
   }
+  return absl::OkStatus();
 }
 
 }  // namespace minitron::engine::cpu

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "engine/checkpoint/checkpoint.h"
 #include "engine/cpu/thread_pool.h"
 #include "engine/model_runner.h"
@@ -16,6 +18,7 @@ struct PackedMatrix {
   WeightView source;
   DType dtype = DType::kBf16Panels;
   int64_t offset = 0;  // in the image, a multiple of kPanelAlignment
+  std::string name;    // as in checkpoints
 };
 
 // A function of the source's shapes and types and of the quantisation.
@@ -36,7 +39,9 @@ NemotronWeights ReplaceMatrices(const NemotronWeights& source, const PackPlan& p
 // Packs all of the plan into `image` (plan.num_bytes, writable) on the pool's threads. If the source is a checkpoint's,
 // tells it what is read next and what is done with, so that memory holds the model once. With `show_progress` and
 // stderr a terminal, draws a bar for images of a gigabyte and more.
-void PackImage(const PackPlan& plan, const Checkpoint* checkpoint, ThreadPool& pool, bool show_progress,
-               uint8_t* image);
+// Error: INVALID_ARGUMENT for a number that is to be quantised and is not finite (tensor, value and place); the image
+// is then not complete.
+absl::Status PackImage(const PackPlan& plan, const Checkpoint* checkpoint, ThreadPool& pool, bool show_progress,
+                       uint8_t* image);
 
 }  // namespace minitron::engine::cpu

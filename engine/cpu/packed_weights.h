@@ -31,18 +31,20 @@ class PackedWeights {
  public:
   // Maps the cache file of these weights, or packs them into one, or into memory when there is to be no file or it
   // cannot be written (a log line says why). `checkpoint` holds the source.
-  // Error: INVALID_ARGUMENT when an explicit cache_dir is no folder.
+  // Error: INVALID_ARGUMENT when an explicit cache_dir is no folder, or a number to be quantised is not finite.
   static absl::StatusOr<std::unique_ptr<PackedWeights>> Load(const NemotronWeights& source,
                                                              const Checkpoint& checkpoint, const PackOptions& options,
                                                              ThreadPool& pool);
 
-  // Packs into memory.
-  PackedWeights(const NemotronWeights& source, const Checkpoint* checkpoint, const PackPlan& plan, bool show_progress,
-                ThreadPool& pool);
+  // Packs into memory. `checkpoint`: as for PackImage. Error: as PackImage.
+  static absl::StatusOr<std::unique_ptr<PackedWeights>> Pack(const NemotronWeights& source,
+                                                             const Checkpoint* checkpoint, const PackPlan& plan,
+                                                             bool show_progress, ThreadPool& pool);
 
   const NemotronWeights& weights() const { return weights_; }
 
  private:
+  PackedWeights(const NemotronWeights& source, const PackPlan& plan, AlignedBuffer<uint8_t> memory);
   PackedWeights(const NemotronWeights& source, const PackPlan& plan, std::unique_ptr<CachedImage> cached);
 
   std::unique_ptr<CachedImage> cached_;  // one of the two holds the image

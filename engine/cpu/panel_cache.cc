@@ -209,7 +209,7 @@ absl::StatusOr<std::unique_ptr<CachedImage>> PanelCache::Build(bool show_progres
   if (mapping == MAP_FAILED) return Failure(path_, "mmap");
   auto image = std::make_unique<CachedImage>(static_cast<uint8_t*>(mapping), file_bytes_, image_offset_);
   auto* bytes = static_cast<uint8_t*>(mapping);
-  PackImage(plan_, &checkpoint_, pool_, show_progress, bytes + image_offset_);
+  RETURN_IF_ERROR(PackImage(plan_, &checkpoint_, pool_, show_progress, bytes + image_offset_));
   const std::vector<uint64_t> table = ChunkHashes(image->data(), plan_.num_bytes, pool_);
   std::memcpy(bytes + kHeaderBytes, table.data(), table.size() * sizeof(uint64_t));
   const std::string header = Header(ContentHash(), TableHash(table));

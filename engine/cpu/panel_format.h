@@ -48,8 +48,9 @@ constexpr int64_t PackedBytes(DType dtype, int64_t outs, int64_t depth) {
 }
 
 // Writes panel `panel` of `source` (a type on disk) to `destination`, PanelBytes long. A pure function of the panel's
-// rows: any thread may do any panel. Rounding: pack.cc.
-void PackPanel(const WeightView& source, DType dtype, int64_t panel, uint8_t* destination);
+// rows: any thread may do any panel. Rounding: pack.cc. Returns false if numbers that had to be quantised are not
+// finite; those groups get a NaN scale.
+bool PackPanel(const WeightView& source, DType dtype, int64_t panel, uint8_t* destination);
 
 // The values a packed matrix stands for, [rows, cols] row-major fp32: what its kernels multiply with. For tests and the
 // quality table.

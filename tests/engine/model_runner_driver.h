@@ -87,7 +87,7 @@ class Driver {
       const cpu::PackPlan plan(weights, schedule.dtype == DType::kInt8Panels   ? Quantization::kInt8
                                         : schedule.dtype == DType::kInt4Panels ? Quantization::kInt4
                                                                                : Quantization::kOff);
-      packed_ = std::make_unique<cpu::PackedWeights>(weights, nullptr, plan, false, pool);
+      packed_ = cpu::PackedWeights::Pack(weights, nullptr, plan, false, pool).value();
       weights = packed_->weights();
     }
     runner_ = cpu::CreateCpuModelRunner(model_.config(), weights, nullptr, limits_, schedule.threads);

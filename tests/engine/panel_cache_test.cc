@@ -50,7 +50,7 @@ class PanelCacheTest : public ::testing::Test {
   std::string InMemory(Quantization quantization) {
     const PackPlan plan(source_, quantization);
     std::string image(plan.num_bytes, '\0');
-    PackImage(plan, checkpoint_.get(), pool_, false, reinterpret_cast<uint8_t*>(image.data()));
+    EXPECT_TRUE(PackImage(plan, checkpoint_.get(), pool_, false, reinterpret_cast<uint8_t*>(image.data())).ok());
     return image;
   }
 
@@ -200,6 +200,28 @@ TEST_F(PanelCacheTest, FoldersThatCannotBeUsed) {
   options.cache_dir.clear();  // a small model writes nothing beside itself
   ASSERT_TRUE(PackedWeights::Load(source_, *checkpoint_, options, pool_).ok());
   EXPECT_EQ(std::distance(fs::directory_iterator(model_.path()), fs::directory_iterator()), 2);
+}
+
+// Quantised, NaN would spoil its group and nobody could say why. As loaded it stays what it is.
+TEST_F(PanelCacheTest, WeightsThatAreNotFiniteAreRefusedByNameWhereTheyAreQuantised) {
+  WeightView& up = source_.layers[1].up_proj;
+  std::vector<uint16_t> numbers(up.size());
+  std::memcpy(numbers.data(), up.data, up.bytes());
+  numbers[21 * up.cols + 5] = 0x7FC0;
+  up.data = numbers.data();
+  for (const bool in_file : {false, true}) {
+    for (const Quantization quantization : {Quantization::kInt8, Quantization::kInt4}) {
+      const PackOptions options{
+          .quantization = quantization, .cache_dir = in_file ? cache_.path() : "", .model_dir = model_.path()};
+      const absl::Status status = PackedWeights::Load(source_, *checkpoint_, options, pool_).status();
+      EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+      EXPECT_EQ(status.message(),
+                "tensor model.layers.1.mlp.up_proj.weight has nan at [21, 5]: only finite weights can be quantized");
+    }
+  }
+  EXPECT_TRUE(fs::is_empty(cache_.path()));
+  const PackOptions as_loaded{.quantization = Quantization::kOff, .cache_dir = "", .model_dir = model_.path()};
+  EXPECT_TRUE(PackedWeights::Load(source_, *checkpoint_, as_loaded, pool_).ok());
 }
 
 }  // namespace

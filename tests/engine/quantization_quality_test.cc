@@ -146,9 +146,9 @@ class QuantizationQualityTest : public testing::Test {
   Quality Measure(const Format& format) {
     cpu::ThreadPool pool(2);
     const cpu::PackPlan plan(source_, format.quantization);
-    const cpu::PackedWeights packed(source_, checkpoint_.get(), plan, false, pool);
+    const auto packed = *cpu::PackedWeights::Pack(source_, checkpoint_.get(), plan, false, pool);
     cpu::CpuOps ops(config_, LimitsFor(format.kv), 2);
-    return MeasureWith(ops, packed.weights());
+    return MeasureWith(ops, packed->weights());
   }
 
   Quality Measure(const PeerFormat& format) {

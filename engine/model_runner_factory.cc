@@ -146,13 +146,16 @@ struct LoadedWeights {
 absl::StatusOr<std::shared_ptr<const LoadedWeights>> Load(std::shared_ptr<const Checkpoint> checkpoint,
                                                           const NemotronWeights& source, const EngineOptions& options,
                                                           int num_threads) {
-  cpu::ThreadPool pool(num_threads);
+  cpu::ThreadPool pool(num_threads, cpu::ThreadCpusHere(num_threads));
   const cpu::PackOptions pack_options{.quantization = options.quantization,
                                       .cache_dir = options.cache_dir,
                                       .model_dir = options.model_dir,
                                       .show_progress = options.show_progress};
   if (cpu::PackPlan(source, options.quantization).matrices.empty()) checkpoint->Prefault(options.show_progress);
-  ASSIGN_OR_RETURN(auto packed, cpu::PackedWeights::Load(source, *checkpoint, pack_options, pool));
+  absl::StatusOr<std::unique_ptr<cpu::PackedWeights>> loaded;
+  // In place: each thread first touches the part of each matrix that it will read in a step.
+  pool.CallInPlace([&] { loaded = cpu::PackedWeights::Load(source, *checkpoint, pack_options, pool); });
+  ASSIGN_OR_RETURN(auto packed, std::move(loaded));
   return std::make_shared<const LoadedWeights>(LoadedWeights{std::move(checkpoint), std::move(packed)});
 }
 

@@ -8,6 +8,7 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "engine/cpu/attention.cc"
+#include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 // After highway.h.
@@ -52,15 +53,21 @@ HWY_INLINE hn::Vec<Tag> LoadElements(Tag tag, const uint16_t* p) {
   return hn::BitCast(tag, hn::ShiftLeft<16>(hn::PromoteTo(wide, hn::LoadU(narrow, p))));
 }
 
-// scores[v][h, key] = q[h] . K[key] * scale for kHeads heads and kKeyVectors vectors of keys, which start at keys[v].
+// scores[v][h, key] = q[h] . K[key] * scale for kHeads heads and kKeyVectors vectors of keys, which start at keys[v];
+// next[v] are fetched meanwhile. Every block is a page of its own to the processor's prefetcher, which starts anew on
+// it.
 template <int kHeads, int kKeyVectors, class Tag, typename Element>
-HWY_INLINE void ScoreTile(Tag tag, const float* queries, const Element* const* keys, int64_t head_dim,
-                          int64_t block_size, float scale, float* const* scores) {
+HWY_INLINE void ScoreTile(Tag tag, const float* queries, const Element* const* keys, const Element* const* next,
+                          int64_t head_dim, int64_t block_size, float scale, float* const* scores) {
+  constexpr int64_t kLine = 64 / sizeof(Element);
   hn::Vec<Tag> sums[kHeads][kKeyVectors];
   for (int h = 0; h < kHeads; ++h) {
     for (int v = 0; v < kKeyVectors; ++v) sums[h][v] = hn::Zero(tag);
   }
   for (int64_t d = 0; d < head_dim; ++d) {
+    if (d * block_size % kLine == 0) {
+      for (int v = 0; v < kKeyVectors; ++v) hwy::Prefetch(next[v] + d * block_size);
+    }
     hn::Vec<Tag> key[kKeyVectors];
     for (int v = 0; v < kKeyVectors; ++v) key[v] = LoadElements(tag, keys[v] + d * block_size);
     for (int h = 0; h < kHeads; ++h) {
@@ -85,22 +92,31 @@ HWY_INLINE void ScoreHeads(Tag tag, const AttentionRange& range, int first_head)
   const float scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
   const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
   const float* queries = range.queries + int64_t{first_head} * shape.head_dim;
+  const int64_t vectors = (range.end_key - range.first_key + lanes - 1) / lanes;
+  // Vector i of the range's keys; the last one for those behind it.
+  const auto key_vector = [&](int64_t i) {
+    const int64_t key = range.first_key + std::min(i, vectors - 1) * lanes;
+    return range.cache->KeyBlock<Element>(range.layer, range.block_ids[key / shape.block_size], range.head) +
+           key % shape.block_size;
+  };
   const Element* keys[kKeyVectors];
+  const Element* next[kKeyVectors];
   float* scores[kKeyVectors];
-  int waiting = 0;
-  for (int64_t key = range.first_key; key < range.end_key; key += shape.block_size) {
-    const Element* block =
-        range.cache->KeyBlock<Element>(range.layer, range.block_ids[key / shape.block_size], range.head);
-    for (int64_t offset = 0; offset < shape.block_size && key + offset < range.end_key; offset += lanes) {
-      keys[waiting] = block + offset;
-      scores[waiting] = range.scores + first_head * kAttentionRange + (key - range.first_key) + offset;
-      if (++waiting < kKeyVectors) continue;
-      ScoreTile<kHeads, kKeyVectors>(tag, queries, keys, shape.head_dim, shape.block_size, scale, scores);
-      waiting = 0;
+  const auto load = [&](int64_t first) {
+    for (int v = 0; v < kKeyVectors; ++v) {
+      keys[v] = key_vector(first + v);
+      next[v] = key_vector(first + kKeyVectors + v);
+      scores[v] = range.scores + first_head * kAttentionRange + (first + v) * lanes;
     }
+  };
+  int64_t i = 0;
+  for (; i + kKeyVectors <= vectors; i += kKeyVectors) {
+    load(i);
+    ScoreTile<kHeads, kKeyVectors>(tag, queries, keys, next, shape.head_dim, shape.block_size, scale, scores);
   }
-  for (int v = 0; v < waiting; ++v) {
-    ScoreTile<kHeads, 1>(tag, queries, keys + v, shape.head_dim, shape.block_size, scale, scores + v);
+  load(i);
+  for (int v = 0; i + v < vectors; ++v) {
+    ScoreTile<kHeads, 1>(tag, queries, keys + v, next + v, shape.head_dim, shape.block_size, scale, scores + v);
   }
 }
 
@@ -135,11 +151,17 @@ HWY_INLINE void ValueTile(Tag tag, const AttentionRange& range, int first_head, 
   for (int h = 0; h < kHeads; ++h) {
     for (int n = 0; n < kVectors; ++n) totals[h][n] = hn::Zero(tag);
   }
+  const int64_t last_block = (range.end_key - 1) / shape.block_size;
+  const auto block_values = [&](int64_t block) {
+    return range.cache->ValueBlock<Element>(range.layer, range.block_ids[std::min(block, last_block)], range.head) + d;
+  };
+  constexpr int64_t kLine = 64 / sizeof(Element);
   for (int64_t key = range.first_key; key < range.end_key;) {
-    const Element* values =
-        range.cache->ValueBlock<Element>(range.layer, range.block_ids[key / shape.block_size], range.head) + d;
+    const Element* values = block_values(key / shape.block_size);
+    const Element* next = block_values(key / shape.block_size + 1);
     const int64_t block_end = std::min<int64_t>(key + shape.block_size, range.end_key);
-    for (; key < block_end; ++key, values += shape.head_dim, ++weights) {
+    for (; key < block_end; ++key, values += shape.head_dim, next += shape.head_dim, ++weights) {
+      for (int64_t n = 0; n < kVectors * lanes; n += kLine) hwy::Prefetch(next + n);
       hn::Vec<Tag> value[kVectors];
       for (int n = 0; n < kVectors; ++n) value[n] = LoadElements(tag, values + n * lanes);
       for (int h = 0; h < kHeads; ++h) {

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "engine/base/check.h"
 #include "engine/convert.h"
+#include "engine/cpu/cpu_topology.h"
 #include "engine/cpu/matmul.h"
 #include "engine/cpu/panel_matmul.h"
 #include "engine/cpu/squared_relu.h"
@@ -45,7 +47,7 @@ int64_t RowGrain(int64_t cols) { return std::max<int64_t>(1, (16 << 10) / std::m
 CpuOps::CpuOps(const NemotronConfig& config, const RunnerLimits& limits, int num_threads)
     : group_size_(config.group_size()),
       rotary_dim_(config.rotary_dim),
-      pool_(num_threads),
+      pool_(num_threads, ThreadCpusHere(num_threads)),
       cache_({.num_layers = config.num_layers,
               .num_blocks = limits.num_kv_blocks,
               .num_heads = config.num_key_value_heads,
@@ -77,6 +79,7 @@ CpuOps::CpuOps(const NemotronConfig& config, const RunnerLimits& limits, int num
 }
 
 BatchView CpuOps::Upload(const Batch& batch) {
+  if (!std::exchange(caller_placed_, true)) pool_.PlaceCaller();  // the engine thread, at its first step
   token_ids_ = batch.token_ids;
   for (TokenId& token : token_ids_) {
     if (!IsFromPreviousResult(token)) continue;

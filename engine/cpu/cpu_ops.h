@@ -65,6 +65,7 @@ class CpuOps {
   const int group_size_;
   const int rotary_dim_;
   ThreadPool pool_;
+  bool caller_placed_ = false;
   KvCache cache_;
   std::vector<float> cosines_, sines_;  // [max_context, rotary_dim / 2]
   std::vector<float> gain_, bias_;      // [hidden]; of the norm at hand

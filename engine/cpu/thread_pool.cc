@@ -1,7 +1,10 @@
 #include "engine/cpu/thread_pool.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "engine/base/check.h"
 
@@ -35,8 +38,9 @@ constexpr uint64_t Ticket(uint32_t loop, uint32_t unclaimed) { return uint64_t{l
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) {
-  CHECK(num_threads >= 1);
+ThreadPool::ThreadPool(int num_threads, std::vector<std::vector<int>> thread_cpus)
+    : thread_cpus_(std::move(thread_cpus)) {
+  CHECK(num_threads >= 1 && (thread_cpus_.empty() || static_cast<int>(thread_cpus_.size()) == num_threads));
   parts_ = std::make_unique<Part[]>(num_threads);
   workers_.reserve(num_threads - 1);
   for (int thread = 1; thread < num_threads; ++thread) {
@@ -111,7 +115,27 @@ uint32_t ThreadPool::RunPart(uint32_t loop, int thread, int part) {
   return done;
 }
 
+void ThreadPool::StayOnCpus(int thread) const {
+  if (thread_cpus_.empty()) return;
+  cpu_set_t cpus;
+  CPU_ZERO(&cpus);
+  for (const int cpu : thread_cpus_[thread]) {
+    if (cpu < CPU_SETSIZE) CPU_SET(cpu, &cpus);
+  }
+  // Refused when the CPUs were taken from the process since: the thread is then slower, not wrong.
+  static_cast<void>(sched_setaffinity(0, sizeof(cpus), &cpus));
+}
+
+void ThreadPool::CallInPlace(const std::function<void()>& function) const {
+  std::thread caller([&] {
+    PlaceCaller();
+    function();
+  });
+  caller.join();
+}
+
 void ThreadPool::WorkerMain(int thread) {
+  StayOnCpus(thread);
   uint32_t seen = 0;
   while (true) {
     WaitForChange(announced_, seen);

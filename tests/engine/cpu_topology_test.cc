@@ -2,6 +2,7 @@
 
 #include <filesystem>
 #include <string>
+#include <vector>
 
 #include "gtest/gtest.h"
 #include "tests/engine/model_files.h"
@@ -43,6 +44,40 @@ TEST(CpuTopology, QuotaIsRoundedUpAndMaxIsNone) {
   EXPECT_EQ(QuotaCpus("max 100000"), 0);
   EXPECT_EQ(QuotaCpus(""), 0);
   EXPECT_EQ(QuotaCpus("5 0"), 0);
+}
+
+void AddNode(const testing::TempDir& dir, int node, const std::string& cpulist) {
+  std::filesystem::create_directories(dir.File("node" + std::to_string(node)));
+  dir.Write("node" + std::to_string(node) + "/cpulist", cpulist + "\n");
+}
+
+using Lists = std::vector<std::vector<int>>;
+
+TEST(CpuTopology, CpusAreGroupedByTheirMemoryNode) {
+  const testing::TempDir dir;
+  AddNode(dir, 10, "6");
+  AddNode(dir, 0, "0-1,4-5");
+  AddNode(dir, 1, "2-3");
+  AddNode(dir, 2, "");  // memory without CPUs
+  std::filesystem::create_directories(dir.File("power"));
+  EXPECT_EQ(CpusByNode({0, 1, 2, 3, 4, 5, 6}, dir.path()), (Lists{{0, 1, 4, 5}, {2, 3}, {6}}));
+  EXPECT_EQ(CpusByNode({1, 5}, dir.path()), (Lists{{1, 5}}));
+  EXPECT_EQ(CpusByNode({7}, dir.path()), Lists{});
+  EXPECT_EQ(CpusByNode({0}, dir.File("absent")), Lists{});
+}
+
+TEST(CpuTopology, ThreadsAreSharedOutToNodesInProportionAndNeighboursStayTogether) {
+  const std::vector<int> a = {0, 1, 2, 3}, b = {4, 5}, c = {6, 7};
+  EXPECT_EQ(ThreadCpus(8, {a, b, c}), (Lists{a, a, a, a, b, b, c, c}));
+  EXPECT_EQ(ThreadCpus(4, {a, b, c}), (Lists{a, a, b, c}));
+  EXPECT_EQ(ThreadCpus(2, {b, c}), (Lists{b, c}));
+  EXPECT_EQ(ThreadCpus(1, {a, b}), Lists{a});
+  EXPECT_EQ(ThreadCpus(3, {{0}, {1}}), (Lists{{0}, {1}, {1}}));
+}
+
+TEST(CpuTopology, OnOneNodeThreadsGoWhereTheKernelPutsThem) {
+  EXPECT_EQ(ThreadCpus(4, {{0, 1, 2, 3}}), Lists{});
+  EXPECT_EQ(ThreadCpus(4, {}), Lists{});
 }
 
 TEST(CpuTopology, ThisMachineHasACore) { EXPECT_GE(NumUsableCores(), 1); }

@@ -1,8 +1,11 @@
 #include "engine/cpu/thread_pool.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -65,6 +68,37 @@ TEST(ThreadPoolTest, WhatWorkersWroteIsVisibleAfterTheLoop) {
     });
     for (int64_t i = 0; i < 512; ++i) ASSERT_EQ(values[i], round + i);
   }
+}
+
+// The CPUs that the calling thread may run on.
+std::vector<int> OwnCpus() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  EXPECT_EQ(sched_getaffinity(0, sizeof(allowed), &allowed), 0);
+  std::vector<int> cpus;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (CPU_ISSET(cpu, &allowed)) cpus.push_back(cpu);
+  }
+  return cpus;
+}
+
+TEST(ThreadPoolTest, ThreadsStayOnTheCpusTheyAreGivenAndTheCallerWhenAsked) {
+  const std::vector<int> all = OwnCpus();
+  const std::vector<std::vector<int>> given = {{all.front()}, {all.back()}, {all.front()}};
+  std::vector<std::vector<int>> seen(3), before(1);
+  ThreadPool pool(3, given);
+  before[0] = OwnCpus();
+  pool.CallInPlace([&] {
+    // A range for each thread: none is done before all have begun.
+    std::atomic<int> begun{0};
+    pool.ParallelFor(3, 1, [&](int64_t, int64_t, int thread) {
+      seen[thread] = OwnCpus();
+      for (++begun; begun.load() < 3;) std::this_thread::yield();
+    });
+  });
+  EXPECT_EQ(before[0], all);
+  EXPECT_EQ(seen, given);
+  EXPECT_EQ(OwnCpus(), all);
 }
 
 }  // namespace

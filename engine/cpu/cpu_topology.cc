@@ -108,7 +108,7 @@ std::vector<std::vector<int>> ThreadCpus(int num_threads, const std::vector<std:
   std::vector<std::vector<int>> threads;
   for (int64_t thread = 0; thread < num_threads; ++thread) {
     // The CPU in the middle of the thread's share of all, and the node that has it.
-    int64_t left = (2 * thread + 1) * total / (2 * num_threads);
+    int64_t left = (2 * thread + 1) * total / (int64_t{2} * num_threads);
     size_t node = 0;
     while (left >= static_cast<int64_t>(nodes[node].size())) left -= static_cast<int64_t>(nodes[node++].size());
     threads.push_back(nodes[node]);

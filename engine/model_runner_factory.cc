@@ -112,8 +112,10 @@ absl::StatusOr<bool> UseCuda(const EngineOptions& options, [[maybe_unused]] std:
   if (options.backend == Backend::kCpu) return false;
 #if MINITRON_CUDA
   const bool wide_cache = options.kv_cache_type == KvCacheType::kF32;
-  if (options.backend == Backend::kAuto && wide_cache) return false;
+  const bool wide_rows = options.activation_type == ActivationType::kF32;
+  if (options.backend == Backend::kAuto && (wide_cache || wide_rows)) return false;
   if (wide_cache) return absl::InvalidArgumentError("kv_cache_type fp32 is for the cpu backend; cuda has bf16 and fp8");
+  if (wide_rows) return absl::InvalidArgumentError("activation_type fp32 is for the cpu backend; cuda has bf16");
   const absl::Status device = cuda::ProbeDevice();
   if (device.ok()) return true;
   if (options.backend == Backend::kCuda) return device;
@@ -135,6 +137,12 @@ absl::Status CheckNoFp8(const EngineOptions& options, const std::string& why_not
                                                                           : nullptr;
   if (asked == nullptr) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(asked, " is for the cuda backend", Because(why_not_cuda)));
+}
+
+// For the log: what products with bf16 weights do to their rows.
+const char* RowsOf(const NemotronWeights& weights, ActivationType activations) {
+  if (weights.matrix_dtype != DType::kBf16Panels) return "";
+  return activations == ActivationType::kBf16 ? " activations=bf16" : " activations=fp32";
 }
 
 // What the runner's weights point into.
@@ -197,15 +205,17 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
   ASSIGN_OR_RETURN(const std::shared_ptr<const LoadedWeights> loaded, Load(checkpoint, source, options, num_threads));
   const NemotronWeights& weights = loaded->packed->weights();
   if (!why_not_cuda.empty()) base::LogInfo(absl::StrCat("backend auto: cpu, because ", why_not_cuda));
+  const ActivationType activations = cpu::ChooseActivationType(options.activation_type);
   base::LogInfo(absl::StrCat("engine backend=cpu threads=", num_threads, " parameters=", weights.num_parameters,
-                             " weights=", DTypeName(weights.matrix_dtype), " context=", max_context,
-                             " kv_blocks=", num_blocks, " kv_block_tokens=", options.block_size));
+                             " weights=", DTypeName(weights.matrix_dtype), RowsOf(weights, activations), " context=",
+                             max_context, " kv_blocks=", num_blocks, " kv_block_tokens=", options.block_size));
   const RunnerLimits limits{.block_size = options.block_size,
                             .num_kv_blocks = num_blocks,
                             .max_num_sequences = options.max_num_sequences,
                             .max_num_tokens = options.max_num_tokens,
                             .max_context_tokens = max_context,
-                            .kv_cache_type = options.kv_cache_type};
+                            .kv_cache_type = options.kv_cache_type,
+                            .activation_type = activations};
   return cpu::CreateCpuModelRunner(config, weights, loaded, limits, num_threads);
 }
 

@@ -23,6 +23,7 @@ struct RunnerLimits {
   int max_num_tokens = 0;
   int max_context_tokens = 0;
   KvCacheType kv_cache_type = KvCacheType::kBf16;
+  ActivationType activation_type = ActivationType::kF32;  // CPU backend
 };
 
 // Logits are made this many bytes at a time: prompt logprobs ask for every row of a prompt at once, and

@@ -45,6 +45,7 @@ engine::EngineOptions MakeEngineOptions(const ServerOptions& options) {
   result.quantization = options.quantization();
   result.cache_dir = options.cache_dir;
   result.kv_cache_type = options.kv_cache_type();
+  result.activation_type = options.activation_type();
   result.block_size = options.block_size;
   result.kv_cache_bytes = static_cast<int64_t>(options.kv_cache_mib) << 20;
   result.max_num_sequences = options.max_num_sequences;

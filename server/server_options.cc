@@ -55,6 +55,9 @@ const std::vector<Flag>& Flags() {
       Text("quantize", &O::quantize,
            "weights: none (as loaded), int8, int4, fp8 (GPU) or fp8-dynamic (GPU; activations in 8 bits too)"),
       Text("kv-cache-dtype", &O::kv_cache_dtype, "element type of the KV cache: bf16, fp32 (CPU) or fp8 (GPU)"),
+      Text(
+          "activation-dtype", &O::activation_dtype,
+          "CPU, bf16 weights: multiply them with rows in fp32 or bf16; auto: bf16 where the processor multiplies bf16"),
       Text("cache-dir", &O::cache_dir,
            "folder of packed weights, on a GPU of timed products; default: the model's (weights: from 256 MiB on)"),
       Int("threads", &O::threads, 0, 1024, "CPU threads; 0 means one per physical core"),
@@ -276,6 +279,7 @@ absl::Status CheckTogether(const ServerOptions& options) {
   RETURN_IF_ERROR(CheckOneOf("overlap", options.overlap, {"auto", "on", "off"}));
   RETURN_IF_ERROR(CheckOneOf("quantize", options.quantize, {"none", "int8", "int4", "fp8", "fp8-dynamic"}));
   RETURN_IF_ERROR(CheckOneOf("kv-cache-dtype", options.kv_cache_dtype, {"bf16", "fp32", "fp8"}));
+  RETURN_IF_ERROR(CheckOneOf("activation-dtype", options.activation_dtype, {"auto", "fp32", "bf16"}));
   RETURN_IF_ERROR(CheckOneOf("log-format", options.log_format, {"text", "json"}));
   RETURN_IF_ERROR(CheckOneOf("metrics-compat", options.metrics_compat, {"none", "vllm"}));
   RETURN_IF_ERROR(CheckOneOf("chat-template", options.chat_template, {"none", "nemotron-mini"}));
@@ -320,6 +324,12 @@ engine::Quantization ServerOptions::quantization() const {
   if (quantize == "fp8") return engine::Quantization::kFp8;
   if (quantize == "fp8-dynamic") return engine::Quantization::kFp8Dynamic;
   return engine::Quantization::kOff;
+}
+
+engine::ActivationType ServerOptions::activation_type() const {
+  if (activation_dtype == "fp32") return engine::ActivationType::kF32;
+  if (activation_dtype == "bf16") return engine::ActivationType::kBf16;
+  return engine::ActivationType::kAuto;
 }
 
 engine::KvCacheType ServerOptions::kv_cache_type() const {

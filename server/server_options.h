@@ -31,6 +31,7 @@ struct ServerOptions {
   std::string quantize = "none";
   std::string cache_dir;
   std::string kv_cache_dtype = "bf16";
+  std::string activation_dtype = "auto";
   int threads = 0;
   int kv_cache_mib = 0;
   int block_size = 16;
@@ -85,6 +86,7 @@ struct ServerOptions {
   engine::Backend backend_kind() const;
   engine::Quantization quantization() const;
   engine::KvCacheType kv_cache_type() const;
+  engine::ActivationType activation_type() const;
 };
 
 // Reads argv[1..] (--flag=value and --flag value; --no-flag for switches), the environment ("NAME=value" each; names

@@ -72,7 +72,7 @@ constexpr int64_t kRowBlock = 128;  // rows that pass over a panel at a time
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileInputs = 32;  // bf16 inputs of a tile
-constexpr int64_t kParts = 3;        // bf16 parts of a float
+constexpr int64_t kExactParts = 3;   // bf16 parts of a float
 constexpr int64_t kPrefetchBytes = 4096;
 
 // Tile registers: sums 0 to 3, activations 4 and 5, weights 6 and 7.
@@ -214,7 +214,7 @@ void Int4Rows(const PanelJob& job, const uint8_t* panel, int64_t first_row, int6
 // ---- bf16: the sums stay in tiles over the whole depth ----
 
 // Two tiles of rows, or one, over a panel.
-template <bool kTwo>
+template <bool kTwo, int64_t kParts>
 void Bf16Tiles(const uint16_t* x, int64_t x_stride, int64_t height, const uint8_t* panel, int64_t depth, bool fetch,
                uint8_t* tail, float* sums) {
   const uint16_t* second = x + height * kParts * kTileInputs;
@@ -254,6 +254,7 @@ void Bf16Tiles(const uint16_t* x, int64_t x_stride, int64_t height, const uint8_
   }
 }
 
+template <int64_t kParts>
 void Bf16Rows(const PanelJob& job, const uint8_t* panel, int64_t first_row, const RowTiles& tiles, Scratch& scratch) {
   const int64_t x_stride = job.quantized.rows * kParts * kTileInputs;
   for (int64_t t = 0; t < tiles.count; t += 2) {
@@ -262,9 +263,9 @@ void Bf16Rows(const PanelJob& job, const uint8_t* panel, int64_t first_row, cons
     float* sums = scratch.sums + first * kPanelOuts;
     const bool fetch = first_row + first == 0;
     if (t + 1 < tiles.count) {
-      Bf16Tiles<true>(x, x_stride, tiles.height, panel, job.w.cols, fetch, scratch.weights, sums);
+      Bf16Tiles<true, kParts>(x, x_stride, tiles.height, panel, job.w.cols, fetch, scratch.weights, sums);
     } else {
-      Bf16Tiles<false>(x, x_stride, tiles.height, panel, job.w.cols, fetch, scratch.weights, sums);
+      Bf16Tiles<false, kParts>(x, x_stride, tiles.height, panel, job.w.cols, fetch, scratch.weights, sums);
     }
   }
 }
@@ -290,7 +291,7 @@ void SplitFloats(const float* x, int64_t count, uint16_t* parts) {
   for (int64_t i = 0; i < kTileInputs; i += 16) {
     const int64_t lanes = std::clamp<int64_t>(count - i, 0, 16);
     __m512 rest = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1U << lanes) - 1), x + i);
-    for (int64_t part = 0; part < kParts; ++part) {
+    for (int64_t part = 0; part < kExactParts; ++part) {
       const __m512i bits = _mm512_castps_si512(rest);
       _mm256_store_si256(reinterpret_cast<__m256i*>(parts + part * kTileInputs + i),
                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
@@ -315,7 +316,7 @@ void AmxPanelRange(const PanelJob& job, int64_t begin, int64_t end) {
       if (tiles.height != height) Configure(tiles, dtype);
       height = tiles.height;
       if (dtype == DType::kBf16Panels) {
-        Bf16Rows(job, data, first, tiles, scratch);
+        (job.quantized.num_parts == 1 ? Bf16Rows<1> : Bf16Rows<kExactParts>)(job, data, first, tiles, scratch);
       } else {
         std::fill_n(scratch.sums, rows * kPanelOuts, 0.0f);
         (dtype == DType::kInt8Panels ? Int8Rows : Int4Rows)(job, data, first, rows, tiles, scratch);

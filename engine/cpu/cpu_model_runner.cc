@@ -3,7 +3,9 @@
 #include <utility>
 
 #include "engine/base/check.h"
+#include "engine/cpu/amx_matmul.h"
 #include "engine/cpu/cpu_ops.h"
+#include "engine/cpu/panel_matmul.h"
 
 namespace minitron::engine::cpu {
 
@@ -11,11 +13,17 @@ int64_t KvBytesPerToken(const NemotronConfig& config, KvCacheType type) {
   return int64_t{2} * config.num_layers * config.key_value_width() * (type == KvCacheType::kBf16 ? 2 : 4);
 }
 
+ActivationType ChooseActivationType(ActivationType asked) {
+  if (asked != ActivationType::kAuto) return asked;
+  return AmxUsable() || Bf16ProductsUsable() ? ActivationType::kBf16 : ActivationType::kF32;
+}
+
 std::unique_ptr<ModelRunner> CreateCpuModelRunner(const NemotronConfig& config, const NemotronWeights& weights,
                                                   std::shared_ptr<const void> weights_owner, const RunnerLimits& limits,
                                                   int num_threads) {
   CHECK(num_threads >= 1);
   CHECK(limits.block_size >= 8 && limits.num_kv_blocks >= 1);
+  CHECK(limits.activation_type != ActivationType::kAuto);
   ModelInfo info = DescribeModel(config, weights, limits.max_context_tokens);
   info.backend = "cpu";
   info.weight_type = DTypeName(weights.matrix_dtype);

@@ -59,7 +59,8 @@ CpuOps::CpuOps(const NemotronConfig& config, const RunnerLimits& limits, int num
       rotated_keys_(int64_t{limits.max_num_tokens} * config.key_value_width()),
       attention_scratch_(config.group_size(), config.head_dim, limits.max_context_tokens, num_threads),
       quantized_rows_(limits.max_num_tokens,
-                      std::max({config.hidden_size, config.query_width(), config.intermediate_size})),
+                      std::max({config.hidden_size, config.query_width(), config.intermediate_size}),
+                      limits.activation_type == ActivationType::kBf16),
       histories_(2 * static_cast<size_t>(limits.max_num_sequences)),
       sampler_scratch_(num_threads) {
   CHECK(rotary_dim_ % 2 == 0 && rotary_dim_ <= config.head_dim);

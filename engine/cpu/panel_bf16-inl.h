@@ -1,4 +1,4 @@
-// Products of bf16 panels with fp32 rows, once per Highway target.
+// Products of bf16 panels with fp32 or bf16 rows, once per Highway target.
 // Included by panel_matmul.cc inside foreach_target.
 #if defined(MINITRON_ENGINE_CPU_PANEL_BF16_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MINITRON_ENGINE_CPU_PANEL_BF16_INL_H_
@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "engine/base/check.h"
 #include "engine/cpu/panel_format.h"
 #include "engine/cpu/panel_tiles-inl.h"
 #include "engine/cpu/quantize_rows.h"
@@ -31,6 +32,9 @@ HWY_INLINE VF OddInputs(VI pairs) {
   return hn::BitCast(F32(), hn::And(pairs, hn::Set(I32(), static_cast<int32_t>(0xFFFF0000))));
 }
 
+// Rows and weights are added in pairs of inputs, the odd one first. `count` is rounded up to pairs: what is past the
+// end is zero on both sides.
+
 // sums[r][vector v] += over `count` inputs for kRows rows and kVectors vectors, straight from the packed slice.
 template <int kRows, int kVectors>
 HWY_INLINE void Bf16Tile(const float* HWY_RESTRICT x, const uint8_t* HWY_RESTRICT w, int64_t count,
@@ -39,27 +43,20 @@ HWY_INLINE void Bf16Tile(const float* HWY_RESTRICT x, const uint8_t* HWY_RESTRIC
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::Load(F32(), sums + r * kPanelOuts + v * kLanes);
   }
-  int64_t i = 0;
-  for (; i + 2 <= count; i += 2, w += kBf16PairBytes) {
+  for (int64_t i = 0; i < count; i += 2, w += kBf16PairBytes) {
     for (int v = 0; v < kVectors; v += 16 / kLanes) PrefetchLine(w + v * kLanes * 4);
     VI pairs[kVectors];
     VF inputs[kVectors];
     for (int v = 0; v < kVectors; ++v) pairs[v] = hn::Load(I32(), reinterpret_cast<const int32_t*>(w) + v * kLanes);
-    for (int v = 0; v < kVectors; ++v) inputs[v] = EvenInputs(pairs[v]);
+    for (int v = 0; v < kVectors; ++v) inputs[v] = OddInputs(pairs[v]);
     for (int r = 0; r < kRows; ++r) {
       const VF value = hn::Set(F32(), x[r * kSlice + i]);
       for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(value, inputs[v], acc[r][v]);
     }
-    for (int v = 0; v < kVectors; ++v) inputs[v] = OddInputs(pairs[v]);
+    for (int v = 0; v < kVectors; ++v) inputs[v] = EvenInputs(pairs[v]);
     for (int r = 0; r < kRows; ++r) {
       const VF value = hn::Set(F32(), x[r * kSlice + i + 1]);
       for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(value, inputs[v], acc[r][v]);
-    }
-  }
-  if (i < count) {
-    for (int v = 0; v < kVectors; ++v) {
-      const VF inputs = EvenInputs(hn::Load(I32(), reinterpret_cast<const int32_t*>(w) + v * kLanes));
-      for (int r = 0; r < kRows; ++r) acc[r][v] = hn::MulAdd(hn::Set(F32(), x[r * kSlice + i]), inputs, acc[r][v]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -67,7 +64,7 @@ HWY_INLINE void Bf16Tile(const float* HWY_RESTRICT x, const uint8_t* HWY_RESTRIC
   }
 }
 
-// The same from a slice widened to fp32, [count][32].
+// The same from a slice widened to fp32, [inputs][32], `count` of them even.
 template <int kRows>
 HWY_INLINE void FloatTile(const float* HWY_RESTRICT x, const float* HWY_RESTRICT w, int64_t count,
                           float* HWY_RESTRICT sums) {
@@ -93,8 +90,8 @@ HWY_INLINE void WidenSlice(const uint8_t* HWY_RESTRICT w, int64_t count, float* 
     for (int v = 0; v < kPanelVectors; ++v) {
       PrefetchLine(w + v * kLanes * 4);
       const VI pairs = hn::Load(I32(), reinterpret_cast<const int32_t*>(w) + v * kLanes);
-      hn::Store(EvenInputs(pairs), F32(), wide + v * kLanes);
-      hn::Store(OddInputs(pairs), F32(), wide + kPanelOuts + v * kLanes);
+      hn::Store(OddInputs(pairs), F32(), wide + v * kLanes);
+      hn::Store(EvenInputs(pairs), F32(), wide + kPanelOuts + v * kLanes);
     }
   }
 }
@@ -110,7 +107,7 @@ HWY_INLINE void Bf16Slice(const float* x, int64_t rows, const uint8_t* w, int64_
     WidenSlice(w, count, wide);
     for (int64_t v = 0; v < kPanelVectors; v += kTileVectors) {
       ForRowTiles<kMaxFloatRows>(rows, [&](int64_t first, auto tile_rows) {
-        FloatTile<tile_rows.value>(x + first * kSlice, wide + v * kLanes, count,
+        FloatTile<tile_rows.value>(x + first * kSlice, wide + v * kLanes, CeilDiv(count, 2) * 2,
                                    sums + first * kPanelOuts + v * kLanes);
       });
     }
@@ -136,6 +133,48 @@ HWY_INLINE void Bf16Slice(const float* x, int64_t rows, const uint8_t* w, int64_
     });
   }
 }
+
+#if MINITRON_VNNI
+#pragma GCC push_options
+#pragma GCC target("avx512bf16")
+
+// The same of rows in bf16: the instruction adds the product of the odd inputs, then that of the even ones, each
+// rounded once.
+template <int kRows>
+HWY_INLINE void Bf16PairsTile(const uint16_t* HWY_RESTRICT x, const uint8_t* HWY_RESTRICT w, int64_t count,
+                              float* HWY_RESTRICT sums) {
+  VF acc[kRows][kTileVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kTileVectors; ++v) acc[r][v] = hn::Load(F32(), sums + r * kPanelOuts + v * kLanes);
+  }
+  for (int64_t i = 0; i < count; i += 2, w += kBf16PairBytes) {
+    VI pairs[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) {
+      PrefetchLine(w + v * kLanes * 4);
+      pairs[v] = hn::Load(I32(), reinterpret_cast<const int32_t*>(w) + v * kLanes);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const auto value = reinterpret_cast<__m512bh>(Broadcast4(x + r * kSlice + i).raw);
+      for (int v = 0; v < kTileVectors; ++v) {
+        acc[r][v] = VF{_mm512_dpbf16_ps(acc[r][v].raw, value, reinterpret_cast<__m512bh>(pairs[v].raw))};
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kTileVectors; ++v) hn::Store(acc[r][v], F32(), sums + r * kPanelOuts + v * kLanes);
+  }
+}
+
+HWY_NOINLINE void Bf16PairsSlice(const uint16_t* x, int64_t rows, const uint8_t* w, int64_t count, float* sums) {
+  ForRowTiles<kMaxFloatRows>(rows, [&](int64_t first, auto tile_rows) {
+    Bf16PairsTile<tile_rows.value>(x + first * kSlice, w, count, sums + first * kPanelOuts);
+  });
+}
+
+#pragma GCC pop_options
+#else
+HWY_INLINE void Bf16PairsSlice(const uint16_t*, int64_t, const uint8_t*, int64_t, float*) { CHECK(false); }
+#endif
 
 }  // namespace HWY_NAMESPACE
 }  // namespace minitron::engine::cpu

@@ -41,7 +41,12 @@ HWY_NOINLINE void PanelRows(const PanelJob& job, const uint8_t* panel, int64_t f
                             Scratch& scratch) {
   std::fill_n(scratch.sums, rows * kPanelOuts, 0.0f);
   const int64_t depth = job.w.cols;
-  if (job.w.dtype == DType::kBf16Panels) {
+  if (job.quantized.pairs != nullptr) {
+    const uint16_t* x = job.quantized.pairs + first_row * kSlice;
+    for (int64_t i = 0; i < depth; i += kSlice, x += job.quantized.rows * kSlice) {
+      Bf16PairsSlice(x, rows, panel + i / 2 * kBf16PairBytes, std::min(kSlice, depth - i), scratch.sums);
+    }
+  } else if (job.w.dtype == DType::kBf16Panels) {
     const float* x = job.quantized.floats + first_row * kSlice;
     for (int64_t i = 0; i < depth; i += kSlice, x += job.quantized.rows * kSlice) {
       Bf16Slice(x, rows, panel + i / 2 * kBf16PairBytes, std::min(kSlice, depth - i), scratch.wide, scratch.sums);
@@ -89,6 +94,15 @@ HWY_AFTER_NAMESPACE();
 namespace minitron::engine::cpu {
 
 HWY_EXPORT(PanelRangeForTarget);
+
+bool Bf16ProductsUsable() {
+#if HWY_ARCH_X86 && HWY_COMPILER_GCC_ACTUAL
+  static const bool has_bf16 = __builtin_cpu_supports("avx512bf16") != 0;
+  return has_bf16 && (hwy::SupportedTargets() & HWY_AVX3_DL) != 0;
+#else
+  return false;
+#endif
+}
 
 void PanelRange(const PanelJob& job, int64_t begin, int64_t end) {
   if (job.quantized.for_amx) {

@@ -8,6 +8,7 @@
 #include "engine/base/check.h"
 #include "engine/cpu/amx_matmul.h"
 #include "engine/cpu/panel_format.h"
+#include "engine/cpu/panel_matmul.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "engine/cpu/quantize_rows.cc"
@@ -111,6 +112,63 @@ void QuantizeNarrow(const MatrixView<const float>& x, int64_t begin, int64_t end
   }
 }
 
+// Calls arrange(from, to) for each slice of `slice` inputs of the rows [begin, end); out is [slices, x.rows, slice]. A
+// slice that ends early comes with zeros behind it.
+template <typename Out, class Arrange>
+HWY_INLINE void ForSlices(const MatrixView<const float>& x, int64_t begin, int64_t end, int64_t slice, Out* out,
+                          const Arrange& arrange) {
+  HWY_ALIGN float tail[kFloatSlice];
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t first = 0; first < x.cols; first += slice) {
+      const float* from = x.row(r) + first;
+      if (const int64_t count = x.cols - first; count < slice) {
+        std::fill(std::copy_n(from, count, tail), tail + slice, 0.0f);
+        from = tail;
+      }
+      arrange(from, out + first * x.rows + r * slice);
+    }
+  }
+}
+
+// Rounded to nearest, ties to even; NaN stays NaN. In the upper half of each lane, with something in the lower.
+HWY_INLINE auto RoundToBf16(hn::Vec<FloatTag> values) {
+  const hn::RebindToUnsigned<FloatTag> tag;
+  const auto bits = hn::BitCast(tag, values);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(tag, 1));
+  const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(tag, 0x7FFF)));
+  const auto quiet = hn::Or(bits, hn::Set(tag, 0x00400000));
+  return hn::IfThenElse(hn::RebindMask(tag, hn::IsNaN(values)), quiet, rounded);
+}
+
+void RoundToHalves(const MatrixView<const float>& x, int64_t begin, int64_t end, int64_t slice, uint16_t* out) {
+  const FloatTag tag;
+  const hn::Rebind<uint16_t, FloatTag> narrow;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
+  ForSlices(x, begin, end, slice, out, [&](const float* from, uint16_t* to) HWY_ATTR {
+    for (int64_t i = 0; i < slice; i += lanes) {
+      const auto rounded = RoundToBf16(hn::LoadU(tag, from + i));
+      hn::StoreU(hn::TruncateTo(narrow, hn::ShiftRight<16>(rounded)), narrow, to + i);
+    }
+  });
+}
+
+void ArrangeFloats(const MatrixView<const float>& x, int64_t begin, int64_t end, bool round, float* out) {
+  const FloatTag tag;
+  const hn::RebindToUnsigned<FloatTag> bits_tag;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
+  ForSlices(x, begin, end, kFloatSlice, out, [&](const float* from, float* to) HWY_ATTR {
+    for (int64_t i = 0; i < kFloatSlice; i += lanes) {
+      auto values = hn::LoadU(tag, from + i);
+      if (round) values = hn::BitCast(tag, hn::And(RoundToBf16(values), hn::Set(bits_tag, 0xFFFF0000)));
+#if HWY_TARGET == HWY_SCALAR
+      hn::StoreU(values, tag, to + (i ^ 1));
+#else
+      hn::StoreU(hn::Shuffle2301(values), tag, to + i);
+#endif
+    }
+  });
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace minitron::engine::cpu
 HWY_AFTER_NAMESPACE();
@@ -120,10 +178,15 @@ namespace minitron::engine::cpu {
 
 HWY_EXPORT(QuantizeWide);
 HWY_EXPORT(QuantizeNarrow);
+HWY_EXPORT(RoundToHalves);
+HWY_EXPORT(ArrangeFloats);
 
 namespace {
 
 constexpr int64_t kAmxInputs = 32;
+
+// 32 Ki elements are about 5 microseconds of work: less is not worth a wake-up.
+int64_t RowGrain(int64_t cols) { return std::max<int64_t>(1, (32 << 10) / cols); }
 
 // Rows from which AMX is used. For fewer the vector kernels read quantised weights faster, and their bits are the same;
 // bf16's are not, so its rows all go one way.
@@ -132,15 +195,7 @@ constexpr int64_t AmxFrom(DType dtype) {
   return dtype == DType::kInt8Panels ? 8 : 9;
 }
 
-void CopySlices(const MatrixView<const float>& x, int64_t begin, int64_t end, float* out) {
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t first = 0; first < x.cols; first += kFloatSlice) {
-      std::copy_n(x.row(r) + first, std::min(kFloatSlice, x.cols - first), out + first * x.rows + r * kFloatSlice);
-    }
-  }
-}
-
-// The same in the three parts that AMX multiplies.
+// [tiles of 32 inputs, x.rows, 3 parts, 32 inputs]
 void SplitRows(const MatrixView<const float>& x, int64_t begin, int64_t end, uint16_t* out) {
   for (int64_t r = begin; r < end; ++r) {
     for (int64_t first = 0, tile = 0; first < x.cols; first += kAmxInputs, ++tile) {
@@ -152,24 +207,45 @@ void SplitRows(const MatrixView<const float>& x, int64_t begin, int64_t end, uin
 }  // namespace
 
 // 6 bytes a value in AMX's parts of a float, and room for 16 rows of 192 bytes that a tile may read past the end.
-QuantizedRowsBuffer::QuantizedRowsBuffer(int64_t max_rows, int64_t max_depth)
-    : values_(max_rows * CeilDiv(max_depth, kFloatSlice) * kFloatSlice * 3 / 2 + 16 * 192 / 4),
+QuantizedRowsBuffer::QuantizedRowsBuffer(int64_t max_rows, int64_t max_depth, bool round)
+    : round_(round),
+      values_(max_rows * CeilDiv(max_depth, kFloatSlice) * kFloatSlice * 3 / 2 + 16 * 192 / 4),
       scales_(max_rows * CeilDiv(max_depth, kInt4Group)),
       offsets_(max_rows * CeilDiv(max_depth, kInt4Group)) {}
+
+void QuantizedRowsBuffer::ArrangeForBf16(ThreadPool& pool, const MatrixView<const float>& x, QuantizedRows& rows) {
+  const auto for_rows = [&](const auto& arrange) {
+    pool.ParallelFor(x.rows, RowGrain(x.cols), [&](int64_t begin, int64_t end, int) { arrange(begin, end); });
+  };
+  float* floats = values_.data();
+  auto* halves = reinterpret_cast<uint16_t*>(floats);
+  if (rows.for_amx) {
+    rows.parts = halves;
+    rows.num_parts = round_ ? 1 : 3;
+    if (round_) {
+      for_rows([&](int64_t begin, int64_t end) {
+        HWY_DYNAMIC_DISPATCH(RoundToHalves)(x, begin, end, kAmxInputs, halves);
+      });
+    } else {
+      for_rows([&](int64_t begin, int64_t end) { SplitRows(x, begin, end, halves); });
+    }
+  } else if (round_ && Bf16ProductsUsable()) {
+    rows.pairs = halves;
+    for_rows([&](int64_t begin, int64_t end) {
+      HWY_DYNAMIC_DISPATCH(RoundToHalves)(x, begin, end, kFloatSlice, halves);
+    });
+  } else {
+    rows.floats = floats;
+    for_rows([&](int64_t begin, int64_t end) { HWY_DYNAMIC_DISPATCH(ArrangeFloats)(x, begin, end, round_, floats); });
+  }
+}
 
 QuantizedRows QuantizedRowsBuffer::Quantize(ThreadPool& pool, MatrixView<const float> x, DType dtype) {
   CHECK(x.rows * CeilDiv(x.cols, kFloatSlice) * kFloatSlice * 3 / 2 + 16 * 192 / 4 <= values_.size());
   QuantizedRows rows{.rows = x.rows, .for_amx = x.rows >= AmxFrom(dtype) && AmxUsable()};
-  // 32 Ki elements are about 5 microseconds of work: less is not worth a wake-up.
-  const int64_t grain = std::max<int64_t>(1, (32 << 10) / x.cols);
-  if (dtype == DType::kBf16Panels && rows.for_amx) {
-    rows.parts = reinterpret_cast<uint16_t*>(values_.data());
-    pool.ParallelFor(x.rows, grain, [&](int64_t begin, int64_t end, int) { SplitRows(x, begin, end, rows.parts); });
-  } else if (dtype == DType::kBf16Panels) {
-    rows.floats = x.rows == 1 ? x.data : values_.data();
-    if (x.rows == 1) return rows;  // its slices follow each other already
-    pool.ParallelFor(x.rows, grain,
-                     [&](int64_t begin, int64_t end, int) { CopySlices(x, begin, end, values_.data()); });
+  const int64_t grain = RowGrain(x.cols);
+  if (dtype == DType::kBf16Panels) {
+    ArrangeForBf16(pool, x, rows);
   } else if (dtype == DType::kInt8Panels) {
     rows.wide = reinterpret_cast<int16_t*>(values_.data());
     rows.row_scales = scales_.data();

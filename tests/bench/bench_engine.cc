@@ -1,8 +1,7 @@
 // minitron-bench-engine: the CPU backend against the limits of the machine it runs on.
 //   minitron-bench-engine [--threads N] [--shape 1b|1b-square|8b] [--target NAME] [--ops] [--rows 1,8] [--model DIR]
-//                         [--quantize none|int8|int4] [--cache-dir DIR] [--batches 1,8] [--prefill N] [--chunk N]
-//                         [--context N] [--steps N]
-//                         [--repeats N]
+//                         [--quantize none|int8|int4] [--activation-dtype auto|fp32|bf16] [--cache-dir DIR]
+//                         [--batches 1,8] [--prefill N] [--chunk N] [--context N] [--steps N] [--repeats N]
 // Without --model only the limits and, with --ops, single matrix products are measured.
 #include <cstdio>
 #include <cstdlib>
@@ -52,6 +51,13 @@ engine::Quantization ParseQuantization(const std::string& text) {
   Fail("quantize " + text + " is not none, int8 or int4");
 }
 
+engine::ActivationType ParseActivations(const std::string& text) {
+  if (text == "auto") return engine::ActivationType::kAuto;
+  if (text == "fp32") return engine::ActivationType::kF32;
+  if (text == "bf16") return engine::ActivationType::kBf16;
+  Fail("activation-dtype " + text + " is not auto, fp32 or bf16");
+}
+
 int ParseCount(const std::string& name, const std::string& text, int low, int high) {
   const int value = std::atoi(text.c_str());
   if (value < low || value > high)
@@ -80,6 +86,8 @@ Options Parse(int argc, char** argv) {
       options.engine.model_dir = value;
     } else if (flag == "--quantize") {
       options.engine.quantization = ParseQuantization(value);
+    } else if (flag == "--activation-dtype") {
+      options.engine.activation_type = ParseActivations(value);
     } else if (flag == "--rows") {
       options.rows = ParseList(value);
     } else if (flag == "--cache-dir") {

@@ -22,6 +22,16 @@ namespace cpu = engine::cpu;
 constexpr int64_t kColdBytes = int64_t{1} << 30;
 constexpr int kRuns = 5;
 
+struct Format {
+  const char* name;
+  DType dtype;
+  bool round = false;  // rows to bf16
+};
+constexpr Format kFormats[] = {{"bf16", DType::kBf16Panels},
+                               {"bf16, rows bf16", DType::kBf16Panels, true},
+                               {"int8", DType::kInt8Panels},
+                               {"int4", DType::kInt4Panels}};
+
 struct Copies {
   cpu::AlignedBuffer<uint8_t> memory;
   std::vector<WeightView> views;
@@ -54,13 +64,13 @@ void BenchMatMul(cpu::ThreadPool& pool, const Limits& limits, const engine::Nemo
   const int64_t outs = config.intermediate_size, depth = config.hidden_size;
   const int64_t max_rows = *std::max_element(rows.begin(), rows.end());
   std::printf("matmul %ld x %ld, %d threads\n", static_cast<long>(outs), static_cast<long>(depth), pool.num_threads());
-  std::printf("  %-5s %5s %10s %9s %9s %16s\n", "type", "rows", "us", "GB/s", "GFLOP/s", "of read / of FMA");
-  cpu::QuantizedRowsBuffer workspace(max_rows, depth);
+  std::printf("  %-15s %5s %10s %9s %9s %16s\n", "type", "rows", "us", "GB/s", "GFLOP/s", "of read / of FMA");
   const cpu::AlignedBuffer<float> x(max_rows * depth), out(max_rows * outs);
   for (int64_t i = 0; i < max_rows * depth; ++i) x.data()[i] = static_cast<float>(i % 255) * 0.01f - 1.0f;
-  for (const DType dtype : {DType::kBf16Panels, DType::kInt8Panels, DType::kInt4Panels}) {
-    const Copies copies = MakeCopies(pool, dtype, outs, depth);
-    const double bytes = static_cast<double>(cpu::PackedBytes(dtype, outs, depth));
+  for (const Format& format : kFormats) {
+    cpu::QuantizedRowsBuffer workspace(max_rows, depth, format.round);
+    const Copies copies = MakeCopies(pool, format.dtype, outs, depth);
+    const double bytes = static_cast<double>(cpu::PackedBytes(format.dtype, outs, depth));
     for (const int64_t m : rows) {
       std::vector<double> seconds;
       const size_t per_run = m <= 16 ? copies.views.size() : std::max<size_t>(2, copies.views.size() / 8);
@@ -77,7 +87,7 @@ void BenchMatMul(cpu::ThreadPool& pool, const Limits& limits, const engine::Nemo
       std::sort(seconds.begin(), seconds.end());
       const double median = seconds[kRuns / 2];
       const double flops = 2.0 * static_cast<double>(m * outs * depth) / median;
-      std::printf("  %-5s %5ld %10.1f %9.1f %9.1f %7.0f %% %5.0f %%\n", engine::DTypeName(dtype), static_cast<long>(m),
+      std::printf("  %-15s %5ld %10.1f %9.1f %9.1f %7.0f %% %5.0f %%\n", format.name, static_cast<long>(m),
                   median * 1e6, bytes / median * 1e-9, flops * 1e-9, 100.0 * bytes / median / limits.read_bytes_per_s,
                   100.0 * flops / limits.fma_flops_per_s);
     }

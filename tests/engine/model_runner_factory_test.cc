@@ -4,9 +4,14 @@
 #include <tuple>
 #include <vector>
 
+#include "engine/cpu/amx_matmul.h"
+#include "engine/cpu/cpu_model_runner.h"
+#include "engine/cpu/panel_matmul.h"
 #include "engine/model_runner.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "hwy/targets.h"
+#include "tests/engine/targets.h"
 
 namespace minitron::engine {
 namespace {
@@ -65,6 +70,19 @@ TEST(ModelRunnerFactoryTest, Fp32KeysAndValuesTakeTwiceTheMemory) {
   EngineOptions options = TinyOptions();
   options.kv_cache_type = KvCacheType::kF32;
   EXPECT_EQ((*CreateModelRunner(options))->model_info().kv_bytes_per_token, 2 * 6 * 2 * 64 * 4);
+}
+
+TEST(ModelRunnerFactoryTest, RowsAreRoundedUnaskedOnlyWhereTheProcessorMultipliesBf16) {
+  ForEachTarget([](int64_t target) {
+    const ActivationType chosen = cpu::ChooseActivationType(ActivationType::kAuto);
+    EXPECT_NE(chosen, ActivationType::kAuto);
+    if (target != HWY_AVX3_DL) {
+      EXPECT_EQ(chosen, ActivationType::kF32);
+    }
+    EXPECT_EQ(chosen == ActivationType::kBf16, cpu::AmxUsable() || cpu::Bf16ProductsUsable());
+    EXPECT_EQ(cpu::ChooseActivationType(ActivationType::kF32), ActivationType::kF32);
+    EXPECT_EQ(cpu::ChooseActivationType(ActivationType::kBf16), ActivationType::kBf16);
+  });
 }
 
 TEST(ModelRunnerFactoryTest, Fp8KeysAndValuesAreRefusedByTheCpu) {

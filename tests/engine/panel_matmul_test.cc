@@ -19,7 +19,15 @@
 namespace minitron::engine::cpu {
 namespace {
 
-constexpr DType kPanelTypes[] = {DType::kBf16Panels, DType::kInt8Panels, DType::kInt4Panels};
+struct Format {
+  const char* name;
+  DType dtype;
+  bool round = false;  // rows to bf16
+};
+constexpr Format kFormats[] = {{"bf16", DType::kBf16Panels},
+                               {"bf16_rows_in_bf16", DType::kBf16Panels, true},
+                               {"int8", DType::kInt8Panels},
+                               {"int4", DType::kInt4Panels}};
 constexpr int64_t kMaxRows = 131;
 constexpr int64_t kMaxDepth = 400;
 
@@ -75,11 +83,11 @@ float ScaleOf(const WeightView& w, int64_t o, int64_t i) {
 }
 
 // The bf16 order of AMX: per 32 inputs and part of x, even and odd inputs are two chains, whose sum is added.
-float NaiveAmxBf16(const float* x, const float* weights, int64_t depth) {
+float NaiveAmxBf16(const float* x, const float* weights, int64_t depth, int num_parts) {
   float sum = 0.0f;
   for (int64_t begin = 0; begin < depth; begin += 32) {
     std::vector<float> rest(x + begin, x + std::min(begin + 32, depth));
-    for (int part = 0; part < 3; ++part) {
+    for (int part = 0; part < num_parts; ++part) {
       float chains[2] = {0.0f, 0.0f};
       for (size_t i = 0; i < rest.size(); ++i) {
         uint32_t bits;
@@ -94,15 +102,23 @@ float NaiveAmxBf16(const float* x, const float* weights, int64_t depth) {
   return sum;
 }
 
-// What panel_matmul.h promises for one output, step by step.
-float NaiveOutput(const float* x, const WeightView& w, const float* values, int64_t o, bool fused) {
-  const float* weights = values + o * w.cols;
-  if (w.dtype == DType::kBf16Panels && AmxUsable()) return NaiveAmxBf16(x, weights, w.cols);
+float NaiveBf16(const float* row, const float* weights, int64_t depth, bool round, bool fused) {
+  std::vector<float> x(row, row + depth);
+  for (float& value : x) value = round ? Bf16ToFloat(FloatToBf16(value)) : value;
+  if (AmxUsable()) return NaiveAmxBf16(x.data(), weights, depth, round ? 1 : 3);
   float sum = 0.0f;
-  if (w.dtype == DType::kBf16Panels) {
-    for (int64_t i = 0; i < w.cols; ++i) sum = MulAdd(x[i], weights[i], sum, fused);
-    return sum;
+  for (int64_t i = 0; i < depth; i += 2) {
+    if (i + 1 < depth) sum = MulAdd(x[i + 1], weights[i + 1], sum, fused);
+    sum = MulAdd(x[i], weights[i], sum, fused);
   }
+  return sum;
+}
+
+// What panel_matmul.h promises for one output, step by step.
+float NaiveOutput(const float* x, const WeightView& w, bool round, const float* values, int64_t o, bool fused) {
+  const float* weights = values + o * w.cols;
+  if (w.dtype == DType::kBf16Panels) return NaiveBf16(x, weights, w.cols, round, fused);
+  float sum = 0.0f;
   const bool int8 = w.dtype == DType::kInt8Panels;
   const int64_t group = int8 ? kInt8Group : kInt4Group;
   const auto largest = [x](int64_t begin, int64_t end) {
@@ -128,7 +144,7 @@ float NaiveOutput(const float* x, const WeightView& w, const float* values, int6
   return int8 ? sum * (row_largest / 32767.0f) : sum;
 }
 
-class PanelMatMulTest : public testing::TestWithParam<DType> {
+class PanelMatMulTest : public testing::TestWithParam<Format> {
  protected:
   std::vector<float> Multiply(ThreadPool& pool, const std::vector<float>& x, int64_t rows, const WeightView& w) {
     std::vector<float> out(rows * w.rows, -7.0f);
@@ -136,11 +152,12 @@ class PanelMatMulTest : public testing::TestWithParam<DType> {
     return out;
   }
 
-  QuantizedRowsBuffer workspace_{kMaxRows, kMaxDepth};
+  const DType dtype_ = GetParam().dtype;
+  QuantizedRowsBuffer workspace_{kMaxRows, kMaxDepth, GetParam().round};
 };
 
-INSTANTIATE_TEST_SUITE_P(AllFormats, PanelMatMulTest, testing::ValuesIn(kPanelTypes),
-                         [](const auto& format) { return DTypeName(format.param); });
+INSTANTIATE_TEST_SUITE_P(AllFormats, PanelMatMulTest, testing::ValuesIn(kFormats),
+                         [](const auto& format) { return format.param.name; });
 
 TEST_P(PanelMatMulTest, EqualsTheNaiveLoopBitForBitAtEveryEdge) {
   ThreadPool pool(2);
@@ -150,7 +167,7 @@ TEST_P(PanelMatMulTest, EqualsTheNaiveLoopBitForBitAtEveryEdge) {
     for (const int64_t depth : {1, 2, 3, 4, 7, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 257, 400}) {
       for (const int64_t outs : {1, 15, 31, 32, 33, 65}) {
         const Source source = RandomSource(outs, depth, 1000 * depth + outs);
-        const Packed packed = Pack(source.view, GetParam());
+        const Packed packed = Pack(source.view, dtype_);
         std::vector<float> values(outs * depth);
         UnpackPanels(packed.view, values.data());
         const int64_t rows = AmxUsable() ? 17 : 3;  // AMX takes quantised weights from 9 rows on
@@ -158,7 +175,8 @@ TEST_P(PanelMatMulTest, EqualsTheNaiveLoopBitForBitAtEveryEdge) {
         const std::vector<float> out = Multiply(pool, x, rows, packed.view);
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t o = 0; o < outs; ++o) {
-            ASSERT_EQ(out[r * outs + o], NaiveOutput(&x[r * depth], packed.view, values.data(), o, fused))
+            ASSERT_EQ(out[r * outs + o],
+                      NaiveOutput(&x[r * depth], packed.view, GetParam().round, values.data(), o, fused))
                 << "depth " << depth << " outs " << outs << " row " << r << " out " << o;
           }
         }
@@ -172,7 +190,7 @@ TEST_P(PanelMatMulTest, RowsHaveTheSameBitsInAnyBatchAndAtAnyThreadCount) {
   ForEachTarget([&](int64_t) {
     const int64_t depth = 330, outs = 333;
     const Source source = RandomSource(outs, depth, 5);
-    const Packed packed = Pack(source.view, GetParam());
+    const Packed packed = Pack(source.view, dtype_);
     const std::vector<float> x = RandomRows(kMaxRows, depth, 6);
     std::vector<float> alone(kMaxRows * outs);
     for (int64_t r = 0; r < kMaxRows; ++r) {
@@ -197,7 +215,7 @@ TEST_P(PanelMatMulTest, SeveralProductsInOneLoopEqualEachAlone) {
   std::vector<Packed> packed;
   std::vector<std::vector<float>> outs;
   for (const int64_t count : {1, 33, 96, 31, 257}) {
-    packed.push_back(Pack(RandomSource(count, depth, 17 + count).view, GetParam()));
+    packed.push_back(Pack(RandomSource(count, depth, 17 + count).view, dtype_));
     outs.emplace_back(rows * count, -7.0f);
   }
   std::vector<PanelProduct> products;
@@ -212,12 +230,16 @@ TEST_P(PanelMatMulTest, StaysCloseToTheUnquantisedProduct) {
   ThreadPool pool(2);
   const int64_t depth = 400, outs = 70, rows = 9;
   const Source source = RandomSource(outs, depth, 8);
-  const Packed packed = Pack(source.view, GetParam());
+  const Packed packed = Pack(source.view, dtype_);
   const std::vector<float> x = RandomRows(rows, depth, 9);
   const std::vector<float> out = Multiply(pool, x, rows, packed.view);
   // Rounding errors are uniform and independent, so n products are off by about sqrt(n) * |x| * step / sqrt(12):
-  // steps are 1/127 (int8) and about 2/15 (int4) of the largest weight, |x| is 1.7 rms; 5 sigma of that.
-  const double step = GetParam() == DType::kBf16Panels ? 1e-6 : GetParam() == DType::kInt8Panels ? 1.0 / 127 : 2.0 / 15;
+  // steps are 1/127 (int8) and about 2/15 (int4) of the largest weight, |x| is 1.7 rms; 5 sigma of that. Rows in bf16
+  // are off by up to 1/256 of a value.
+  const double step = GetParam().round               ? 1.0 / 256
+                      : dtype_ == DType::kBf16Panels ? 1e-6
+                      : dtype_ == DType::kInt8Panels ? 1.0 / 127
+                                                     : 2.0 / 15;
   const double tolerance = 5.0 * std::sqrt(400.0 / 12.0) * 1.8 * step;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t o = 0; o < outs; ++o) {
@@ -233,7 +255,7 @@ TEST_P(PanelMatMulTest, ARowThatIsNotFiniteSpoilsItselfOnly) {
   ForEachTarget([&](int64_t) {
     const int64_t depth = 130, outs = 40, rows = 5;
     const Source source = RandomSource(outs, depth, 12);
-    const Packed packed = Pack(source.view, GetParam());
+    const Packed packed = Pack(source.view, dtype_);
     const std::vector<float> x = RandomRows(rows, depth, 13);
     const std::vector<float> good = Multiply(pool, x, rows, packed.view);
     for (const float broken : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
@@ -256,7 +278,7 @@ TEST_P(PanelMatMulTest, ARowThatIsNotFiniteSpoilsItselfOnly) {
 TEST_P(PanelMatMulTest, ZeroRowsAndTinyValuesGiveZero) {
   ThreadPool pool(1);
   const Source source = RandomSource(33, 70, 14);
-  const Packed packed = Pack(source.view, GetParam());
+  const Packed packed = Pack(source.view, dtype_);
   for (const float value : {0.0f, -0.0f}) {
     const std::vector<float> x(2 * 70, value);
     for (const float out : Multiply(pool, x, 2, packed.view)) ASSERT_EQ(out, 0.0f);

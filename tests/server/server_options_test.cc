@@ -37,6 +37,7 @@ TEST(ServerOptionsTest, ErrorsNameFlagValueAndLimitInOneLine) {
   EXPECT_EQ(ErrorOf({"--overlap=2"}), "--overlap=2: not one of auto, on, off");
   EXPECT_EQ(ErrorOf({"--quantize=int2"}), "--quantize=int2: not one of none, int8, int4, fp8, fp8-dynamic");
   EXPECT_EQ(ErrorOf({"--kv-cache-dtype=fp16"}), "--kv-cache-dtype=fp16: not one of bf16, fp32, fp8");
+  EXPECT_EQ(ErrorOf({"--activation-dtype=int8"}), "--activation-dtype=int8: not one of auto, fp32, bf16");
   EXPECT_EQ(ErrorOf({"--reflection=maybe"}), "--reflection=maybe: not true or false");
   EXPECT_EQ(ErrorOf({"--nonsense"}), "unknown flag --nonsense; see --help");
   EXPECT_EQ(ErrorOf({"--no-port"}), "unknown flag --no-port; see --help");

@@ -33,7 +33,7 @@ def instances(kind, arguments):
 
 class MinitronLmEvalTest(server_fixture.ServerTestCase):
 
-    flags = ("--kv-cache-dtype", "fp32")
+    flags = ("--kv-cache-dtype", "fp32", "--activation-dtype", "fp32")
 
     def setUp(self):
         os.chdir(TASKS)  # the tasks name their data by relative paths

@@ -160,10 +160,13 @@ absl::StatusOr<std::shared_ptr<const LoadedWeights>> Load(std::shared_ptr<const 
                                       .model_dir = options.model_dir,
                                       .show_progress = options.show_progress};
   if (cpu::PackPlan(source, options.quantization).matrices.empty()) checkpoint->Prefault(options.show_progress);
+  const WeightView& embedding = source.embedding;  // the one large tensor that is read where it lies
+  checkpoint->WillNeed(embedding.data, embedding.bytes());
   absl::StatusOr<std::unique_ptr<cpu::PackedWeights>> loaded;
   // In place: each thread first touches the part of each matrix that it will read in a step.
   pool.CallInPlace([&] { loaded = cpu::PackedWeights::Load(source, *checkpoint, pack_options, pool); });
   ASSIGN_OR_RETURN(auto packed, std::move(loaded));
+  checkpoint->MapIn(embedding.data, embedding.bytes());
   return std::make_shared<const LoadedWeights>(LoadedWeights{std::move(checkpoint), std::move(packed)});
 }
 

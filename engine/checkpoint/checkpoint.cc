@@ -55,21 +55,32 @@ class FileCheckpoint : public Checkpoint {
     return identity;
   }
 
+  void MapIn(const void* data, int64_t num_bytes) const override {
+    const auto* begin = static_cast<const uint8_t*>(data);
+    if (FileOf(begin, num_bytes) != nullptr) MapPages(begin, num_bytes);
+  }
+
   void WillNeed(const void* data, int64_t num_bytes) const override { Advise(data, num_bytes, MADV_WILLNEED); }
   void DoneWith(const void* data, int64_t num_bytes) const override { Advise(data, num_bytes, MADV_DONTNEED); }
 
  private:
   // Only inside a mapped file: there pages are private, never written, and come back as they were.
   void Advise(const void* data, int64_t num_bytes, int advice) const {
-    const int64_t page = sysconf(_SC_PAGESIZE);
+    const auto* first = static_cast<const uint8_t*>(data);
+    const MappedFile* file = FileOf(first, num_bytes);
+    if (file == nullptr) return;
+    const int64_t page = sysconf(_SC_PAGESIZE), offset = first - file->data();
+    const int64_t begin = (offset + page - 1) / page * page, end = (offset + num_bytes) / page * page;
+    if (end > begin) madvise(const_cast<uint8_t*>(file->data()) + begin, end - begin, advice);
+  }
+
+  // The file that holds the range; null for a copy.
+  const MappedFile* FileOf(const uint8_t* first, int64_t num_bytes) const {
+    const std::less<const uint8_t*> before;  // pointers into different files have no order of their own
     for (const auto& file : files_) {
-      const auto* first = static_cast<const uint8_t*>(data);
-      const std::less<const uint8_t*> before;  // pointers into different files have no order of their own
-      if (before(first, file->data()) || before(file->data() + file->size(), first + num_bytes)) continue;
-      const int64_t offset = first - file->data();
-      const int64_t begin = (offset + page - 1) / page * page, end = (offset + num_bytes) / page * page;
-      if (end > begin) madvise(const_cast<uint8_t*>(file->data()) + begin, end - begin, advice);
+      if (!before(first, file->data()) && !before(file->data() + file->size(), first + num_bytes)) return file.get();
     }
+    return nullptr;
   }
 
   // The copy is as long as a range of the file, so a header cannot ask for more than the file holds.

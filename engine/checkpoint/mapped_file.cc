@@ -55,14 +55,6 @@ bool IsPlainName(const std::string& name) {
          name.find('/') == std::string::npos && name.find('\0') == std::string::npos;
 }
 
-// Reads the pages in and maps them, so that the first request does not pay for it.
-void MapPages(const uint8_t* begin, int64_t length) {
-  if (madvise(const_cast<uint8_t*>(begin), length, MADV_POPULATE_READ) == 0) return;
-  // A kernel before 5.14: touch them one by one.
-  const volatile uint8_t* bytes = begin;
-  for (int64_t i = 0; i < length; i += kPageBytes) static_cast<void>(bytes[i]);
-}
-
 }  // namespace
 
 ScopedFd::~ScopedFd() {
@@ -146,6 +138,16 @@ std::string ProgressLine(int64_t done_bytes, int64_t total_bytes) {
                 std::string(kWidth - filled, ' ').c_str(), static_cast<int>(share * 100.0),
                 static_cast<double>(done_bytes) * 1e-9, static_cast<double>(total_bytes) * 1e-9);
   return line;
+}
+
+void MapPages(const uint8_t* begin, int64_t length) {
+  const auto past_page = static_cast<int64_t>(reinterpret_cast<uintptr_t>(begin) % kPageBytes);
+  begin -= past_page;
+  length += past_page;
+  if (madvise(const_cast<uint8_t*>(begin), length, MADV_POPULATE_READ) == 0) return;
+  // A kernel before 5.14: touch them one by one.
+  const volatile uint8_t* bytes = begin;
+  for (int64_t i = 0; i < length; i += kPageBytes) static_cast<void>(bytes[i]);
 }
 
 void Prefault(const std::vector<std::unique_ptr<MappedFile>>& files, bool show_progress, int64_t min_bytes) {

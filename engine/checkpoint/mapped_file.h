@@ -74,6 +74,10 @@ class ModelDir {
   std::string path_;
 };
 
+// Reads the pages that hold [begin, begin + length) of a mapped file and maps them, so that the first use does not pay
+// for it. Never fails: pages that could not be read are read at their first use.
+void MapPages(const uint8_t* begin, int64_t length);
+
 // A load of this size takes seconds from a disk: it is worth waiting for, and showing.
 inline constexpr int64_t kPrefaultThresholdBytes = 1'000'000'000;
 

@@ -266,6 +266,26 @@ TEST(Prefault, LeavesNoPageToFaultIn) {
   }
 }
 
+TEST(Checkpoint, MapsOneTensorInAndNoOther) {
+  const std::string header = R"({"first":{"dtype":"BF16","shape":[16777216],"data_offsets":[0,33554432]},)"
+                             R"("second":{"dtype":"BF16","shape":[16777216],"data_offsets":[33554432,67108864]}})";
+  const TempDir dir;
+  dir.Write("model.safetensors",
+            Safetensors(header + std::string(8 - header.size() % 8, ' '), std::string(64 << 20, '\0')));
+  const auto checkpoint = Checkpoint::Open(dir.path());
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  const TensorEntry& first = (*checkpoint)->tensors().at("first");
+  const TensorEntry& second = (*checkpoint)->tensors().at("second");
+  (*checkpoint)->MapIn(second.data, second.num_bytes);
+  const auto faults_of = [](const TensorEntry& entry) {
+    const int64_t before = MinorFaults();
+    EXPECT_EQ(SumOfPages(static_cast<const uint8_t*>(entry.data), entry.num_bytes), 0);
+    return MinorFaults() - before;
+  };
+  EXPECT_LE(faults_of(second), 2);
+  EXPECT_GT(faults_of(first), 2);
+}
+
 TEST(ProgressLine, ShowsShareAndBytes) {
   EXPECT_EQ(ProgressLine(0, 16'500'000'000), "loading weights [" + std::string(30, ' ') + "]   0%  0.0 / 16.5 GB");
   EXPECT_EQ(ProgressLine(8'250'000'000, 16'500'000'000),

@@ -24,10 +24,20 @@ bool AllFinite(absl::Span<const float> logits) {
   return finite;
 }
 
+// In lanes: one chain of comparisons would wait for each of them.
 float Maximum(absl::Span<const float> logits) {
-  float maximum = -kInfinity;
-  for (const float x : logits) maximum = x > maximum ? x : maximum;
-  return maximum;
+  constexpr size_t kLanes = 16;
+  float lanes[kLanes];
+  std::fill_n(lanes, kLanes, -kInfinity);
+  size_t i = 0;
+  for (; i + kLanes <= logits.size(); i += kLanes) {
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      const float x = logits[i + lane];
+      lanes[lane] = x > lanes[lane] ? x : lanes[lane];
+    }
+  }
+  for (size_t lane = 0; i < logits.size(); ++i, ++lane) lanes[lane] = std::max(lanes[lane], logits[i]);
+  return *std::max_element(lanes, lanes + kLanes);
 }
 
 TokenId ArgMax(absl::Span<const float> logits) {

@@ -111,11 +111,15 @@ absl::StatusOr<int> SizeKvCache(const EngineOptions& options, int max_context_to
 absl::StatusOr<bool> UseCuda(const EngineOptions& options, [[maybe_unused]] std::string& why_not) {
   if (options.backend == Backend::kCpu) return false;
 #if MINITRON_CUDA
-  const bool wide_cache = options.kv_cache_type == KvCacheType::kF32;
-  const bool wide_rows = options.activation_type == ActivationType::kF32;
-  if (options.backend == Backend::kAuto && (wide_cache || wide_rows)) return false;
-  if (wide_cache) return absl::InvalidArgumentError("kv_cache_type fp32 is for the cpu backend; cuda has bf16 and fp8");
-  if (wide_rows) return absl::InvalidArgumentError("activation_type fp32 is for the cpu backend; cuda has bf16");
+  const char* wide =
+      options.kv_cache_type == KvCacheType::kF32 ? "kv_cache_type fp32 is for the cpu backend; cuda has bf16 and fp8"
+      : options.activation_type == ActivationType::kF32 ? "activation_type fp32 is for the cpu backend; cuda has bf16"
+                                                        : nullptr;
+  if (wide != nullptr && options.backend == Backend::kCuda) return absl::InvalidArgumentError(wide);
+  if (wide != nullptr) {
+    why_not = wide;
+    return false;
+  }
   const absl::Status device = cuda::ProbeDevice();
   if (device.ok()) return true;
   if (options.backend == Backend::kCuda) return device;
@@ -160,13 +164,14 @@ absl::StatusOr<std::shared_ptr<const LoadedWeights>> Load(std::shared_ptr<const 
                                       .model_dir = options.model_dir,
                                       .show_progress = options.show_progress};
   if (cpu::PackPlan(source, options.quantization).matrices.empty()) checkpoint->Prefault(options.show_progress);
-  const WeightView& embedding = source.embedding;  // the one large tensor that is read where it lies
-  checkpoint->WillNeed(embedding.data, embedding.bytes());
+  const int64_t available = AvailableMemoryBytes();
   absl::StatusOr<std::unique_ptr<cpu::PackedWeights>> loaded;
   // In place: each thread first touches the part of each matrix that it will read in a step.
   pool.CallInPlace([&] { loaded = cpu::PackedWeights::Load(source, *checkpoint, pack_options, pool); });
   ASSIGN_OR_RETURN(auto packed, std::move(loaded));
-  checkpoint->MapIn(embedding.data, embedding.bytes());
+  // The embedding is read where it lies. Where it does not fit beside the matrices it would only push them out.
+  const bool fits = packed->weights().num_bytes <= available - available / 10;
+  if (fits) checkpoint->MapIn(source.embedding.data, source.embedding.bytes());
   return std::make_shared<const LoadedWeights>(LoadedWeights{std::move(checkpoint), std::move(packed)});
 }
 

@@ -64,7 +64,7 @@ concept OpSet = requires(Ops ops, const Batch& batch, const BatchView& view, Wei
   // Biased variance around the mean, both in fp32, two passes.
   {ops.AddLayerNorm1p(out, in, weight, weight, eps, out)};
 
-  // out = x * w^T, products and sums in fp32.
+  // out = x * w^T, products and sums in fp32. A backend may round x to what it multiplies w with.
   //   x   [T, in]
   //   w   [out, in]   bf16, f16 or f32, row-major
   //   out [T, out]; the second form keeps logits in fp32 whatever Element is

@@ -55,9 +55,10 @@ const std::vector<Flag>& Flags() {
       Text("quantize", &O::quantize,
            "weights: none (as loaded), int8, int4, fp8 (GPU) or fp8-dynamic (GPU; activations in 8 bits too)"),
       Text("kv-cache-dtype", &O::kv_cache_dtype, "element type of the KV cache: bf16, fp32 (CPU) or fp8 (GPU)"),
-      Text(
-          "activation-dtype", &O::activation_dtype,
-          "CPU, bf16 weights: multiply them with rows in fp32 or bf16; auto: bf16 where the processor multiplies bf16"),
+      Text("activation-dtype", &O::activation_dtype,
+           "rows that bf16 weights are multiplied with: bf16, fp32 (CPU) or auto: on a CPU bf16 where it multiplies "
+           "bf16, "
+           "else fp32"),
       Text("cache-dir", &O::cache_dir,
            "folder of packed weights, on a GPU of timed products; default: the model's (weights: from 256 MiB on)"),
       Int("threads", &O::threads, 0, 1024, "CPU threads; 0 means one per physical core"),

@@ -39,7 +39,8 @@ class Checkpoint {
   // Of all files: the same as long as nobody has written to them or put others in their place.
   virtual uint64_t identity() const { return 0; }
 
-  // Reads [data, data + num_bytes) of a tensor into memory and maps its pages, as far as there is memory.
+  // Reads [data, data + num_bytes) of a tensor into memory and maps its pages. Pages that could not be read are read at
+  // their first use.
   virtual void MapIn(const void* /*data*/, int64_t /*num_bytes*/) const {}
 
   // Hints about [data, data + num_bytes) of a tensor: it will be read soon; it will not be read again, and its pages

@@ -141,7 +141,7 @@ std::string ProgressLine(int64_t done_bytes, int64_t total_bytes) {
 }
 
 void MapPages(const uint8_t* begin, int64_t length) {
-  const auto past_page = static_cast<int64_t>(reinterpret_cast<uintptr_t>(begin) % kPageBytes);
+  const auto past_page = static_cast<int64_t>(reinterpret_cast<uintptr_t>(begin) % sysconf(_SC_PAGESIZE));
   begin -= past_page;
   length += past_page;
   if (madvise(const_cast<uint8_t*>(begin), length, MADV_POPULATE_READ) == 0) return;

@@ -19,7 +19,7 @@ void AllowAmx(bool allowed);
 //          in the order of the inputs in a panel's quads. `count` such groups follow each other.
 void SplitWideRows(int16_t* groups, int64_t count);
 //   bf16   `count` (<= 32) floats become three bf16 parts of 32 inputs each whose sum is the float exactly; zeros from
-//          `count` on. 192 bytes.
+//          `count` on. 192 bytes. (Rounded rows are one part, in their own order.)
 void SplitFloats(const float* x, int64_t count, uint16_t* parts);
 
 // PanelRange (panel_matmul.h) of rows in that arrangement. Requires: AmxUsable().

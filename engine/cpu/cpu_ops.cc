@@ -8,36 +8,13 @@
 #include "engine/base/check.h"
 #include "engine/convert.h"
 #include "engine/cpu/cpu_topology.h"
+#include "engine/cpu/layer_norm.h"
 #include "engine/cpu/matmul.h"
 #include "engine/cpu/panel_matmul.h"
 #include "engine/cpu/squared_relu.h"
 
 namespace minitron::engine::cpu {
 namespace {
-
-// Sums in kSumLanes interleaved partial sums, then adds those in order: one order per length, and the compiler may
-// vectorise it with any width without changing a bit.
-constexpr int kSumLanes = 16;
-
-template <typename Term>
-float FixedOrderSum(int64_t count, const Term& term) {
-  float lanes[kSumLanes] = {};
-  int64_t i = 0;
-  for (; i + kSumLanes <= count; i += kSumLanes) {
-    for (int lane = 0; lane < kSumLanes; ++lane) lanes[lane] += term(i + lane);
-  }
-  for (int lane = 0; i < count; ++i, ++lane) lanes[lane] += term(i);
-  float sum = 0.0f;
-  for (const float lane : lanes) sum += lane;
-  return sum;
-}
-
-void LayerNormRow(const float* x, const float* gain, const float* bias, int64_t count, float eps, float* out) {
-  const float mean = FixedOrderSum(count, [x](int64_t i) { return x[i]; }) / static_cast<float>(count);
-  const float squares = FixedOrderSum(count, [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
-  const float scale = 1.0f / std::sqrt(squares / static_cast<float>(count) + eps);
-  for (int64_t i = 0; i < count; ++i) out[i] = (x[i] - mean) * scale * gain[i] + bias[i];
-}
 
 // Rows per range so that a range has about 16 Ki elements: less is not worth a wake-up.
 int64_t RowGrain(int64_t cols) { return std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, cols)); }
@@ -124,12 +101,8 @@ void CpuOps::AddLayerNorm1p(Matrix residual, ConstMatrix delta, const WeightView
   for (int64_t i = 0; i < hidden; ++i) gain_[i] += 1.0f;
   pool_.ParallelFor(residual.rows, RowGrain(hidden), [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
-      float* x = residual.row(t);
-      if (delta.data != nullptr) {
-        const float* added = delta.row(t);
-        for (int64_t i = 0; i < hidden; ++i) x[i] += added[i];
-      }
-      LayerNormRow(x, gain_.data(), bias_.data(), hidden, eps, out.row(t));
+      LayerNormRow(residual.row(t), delta.data == nullptr ? nullptr : delta.row(t), gain_.data(), bias_.data(), hidden,
+                   eps, out.row(t));
     }
   });
 }

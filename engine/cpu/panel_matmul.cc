@@ -98,7 +98,7 @@ HWY_EXPORT(PanelRangeForTarget);
 bool Bf16ProductsUsable() {
 #if HWY_ARCH_X86 && HWY_COMPILER_GCC_ACTUAL
   static const bool has_bf16 = __builtin_cpu_supports("avx512bf16") != 0;
-  return has_bf16 && (hwy::SupportedTargets() & HWY_AVX3_DL) != 0;
+  return has_bf16 && (hwy::SupportedTargets() & HWY_TARGETS & HWY_AVX3_DL) != 0;
 #else
   return false;
 #endif

@@ -18,8 +18,8 @@ namespace minitron::engine::cpu {
 // the same bits for int8 and int4. bf16 it sums in its own order: x is three bf16 parts, high to low, that add up to it
 // exactly, or rounded to one; per 32 inputs and part, sum += (chain over even inputs) + (chain over odd inputs),
 // subnormals as zero. `workspace` holds the rearranged rows and says whether they are rounded to bf16 for bf16 weights;
-// it must be large enough for x. Rounded rows have the same bits whether the processor multiplies bf16 or fp32, as long
-// as no value is subnormal.
+// it must be large enough for x. Rounded rows have the same bits whether the vector kernels multiply bf16 or fp32, as
+// long as no value is subnormal.
 // Several products of the same rows are one loop over all their panels, and x is rearranged once. Requires: w of one
 // type and depth.
 struct PanelProduct {
@@ -29,8 +29,8 @@ struct PanelProduct {
 void PanelMatMul(ThreadPool& pool, MatrixView<const float> x, absl::Span<const PanelProduct> products,
                  QuantizedRowsBuffer& workspace);
 
-// Whether the vector kernels multiply bf16 with bf16 (AVX-512 BF16): of rounded rows twice as many a cycle. False if
-// Highway's choice of instruction set is restricted to less.
+// Whether the vector kernels multiply rounded rows as bf16 (AVX-512 BF16), twice as many numbers a cycle as in fp32.
+// False if Highway's choice of instruction set is restricted to less.
 bool Bf16ProductsUsable();
 
 // The kernel behind it, for panels [begin, end) on the calling thread. Benchmarks use it to time one thread.

@@ -1,6 +1,7 @@
 #include "engine/cpu/quantize_rows.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -92,26 +93,6 @@ void QuantizeWide(const MatrixView<const float>& x, int64_t begin, int64_t end, 
   }
 }
 
-void QuantizeNarrow(const MatrixView<const float>& x, int64_t begin, int64_t end, const QuantizedRows& out) {
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t first = 0, group = 0; first < x.cols; first += kInt4Group, ++group) {
-      const int64_t count = std::min(kInt4Group, x.cols - first);
-      const float* values = x.row(r) + first;
-      const Scale scale = ScaleFor(Largest(values, count), 127.0f);
-      const int64_t at = group * x.rows + r;
-      int8_t* q = out.narrow + at * kInt4Group;
-      Round(Finite(scale, values, kZeros), count, kInt4Group, scale.inverse, q);
-      int32_t halves[2] = {};
-      for (int64_t i = 0; i < kInt4Group; i += 4) {
-        halves[0] -= 8 * (q[i] + q[i + 1]);
-        halves[1] -= 8 * (q[i + 2] + q[i + 3]);
-      }
-      out.group_scales[at] = scale.scale;
-      out.offsets[at] = kSumHalves ? halves[1] * (1 << 16) | (halves[0] & 0xFFFF) : halves[0] + halves[1];
-    }
-  }
-}
-
 // Calls arrange(from, to) for each slice of `slice` inputs of the rows [begin, end); out is [slices, x.rows, slice]. A
 // slice that ends early comes with zeros behind it.
 template <typename Out, class Arrange>
@@ -128,6 +109,51 @@ HWY_INLINE void ForSlices(const MatrixView<const float>& x, int64_t begin, int64
       arrange(from, out + first * x.rows + r * slice);
     }
   }
+}
+
+// What a group of int8 rows becomes, besides its numbers.
+struct NarrowGroup {
+  float scale;
+  int32_t offset;
+};
+
+// Quantises the kInt4Group floats at x. The group stays in registers.
+HWY_INLINE NarrowGroup QuantizeGroup(const float* x, int8_t* q) {
+  const FloatTag tag;
+  const hn::RebindToSigned<FloatTag> bits_tag;
+  const hn::Rebind<int8_t, FloatTag> narrow;
+  constexpr int64_t kLanesHere = hn::MaxLanes(FloatTag()), kVectors = kInt4Group / kLanesHere;
+  hn::Vec<FloatTag> values[kVectors];
+  auto largest_bits = hn::Zero(bits_tag);  // the bits of |x| are in the order of |x|, infinity and NaN on top
+  for (int64_t v = 0; v < kVectors; ++v) {
+    values[v] = hn::LoadU(tag, x + v * kLanesHere);
+    largest_bits = hn::Max(largest_bits, hn::BitCast(bits_tag, hn::Abs(values[v])));
+  }
+  const float largest = std::bit_cast<float>(hn::GetLane(hn::MaxOfLanes(bits_tag, largest_bits)));
+  const bool finite = std::isfinite(largest);
+  const Scale scale = ScaleFor(finite ? largest : std::numeric_limits<float>::quiet_NaN(), 127.0f);
+  const auto in_last = hn::Ne(hn::And(hn::Iota(bits_tag, 0), hn::Set(bits_tag, 2)), hn::Zero(bits_tag));
+  auto sums = hn::Zero(bits_tag), last_sums = hn::Zero(bits_tag);  // of all, of the last two inputs of each quad
+  for (int64_t v = 0; v < kVectors; ++v) {
+    const auto value = finite ? values[v] : hn::Zero(tag);
+    const auto rounded = hn::NearestInt(hn::Mul(value, hn::Set(tag, scale.inverse)));
+    hn::StoreU(hn::DemoteTo(narrow, rounded), narrow, q + v * kLanesHere);
+    sums = hn::Add(sums, rounded);
+    if constexpr (kSumHalves) last_sums = hn::Add(last_sums, hn::IfThenElseZero(in_last, rounded));
+  }
+  const int32_t offset = -8 * hn::GetLane(hn::SumOfLanes(bits_tag, sums));
+  if constexpr (!kSumHalves) return {scale.scale, offset};
+  const int32_t last = -8 * hn::GetLane(hn::SumOfLanes(bits_tag, last_sums));
+  return {scale.scale, last * (1 << 16) | ((offset - last) & 0xFFFF)};
+}
+
+void QuantizeNarrow(const MatrixView<const float>& x, int64_t begin, int64_t end, const QuantizedRows& out) {
+  ForSlices(x, begin, end, kInt4Group, out.narrow, [&](const float* from, int8_t* to) HWY_ATTR {
+    const NarrowGroup group = QuantizeGroup(from, to);
+    const int64_t at = (to - out.narrow) / kInt4Group;
+    out.group_scales[at] = group.scale;
+    out.offsets[at] = group.offset;
+  });
 }
 
 // Rounded to nearest, ties to even; NaN stays NaN. In the upper half of each lane, with something in the lower.

@@ -11,10 +11,9 @@ namespace minitron::engine::cpu {
 
 // Rows of activations, group-major, so that the rows of one group of inputs are one contiguous slab. Inputs past the
 // depth are zero. A row with a value that is not finite gets a NaN scale, so its outputs are NaN.
-//   for bf16 weights: the values themselves or rounded to bf16 (to nearest, ties to even), in slices of 128 inputs;
-//   fp32
-//                     in the order 1, 0, 3, 2, .. in which the kernels add. (Rows a power of two apart would share one
-//                     set of the L1 cache.)
+//   for bf16 weights: the values themselves, or rounded to bf16 (to nearest, ties to even), in slices of 128 inputs.
+//                     (Rows a power of two apart would share one set of the L1 cache.) As floats in the order 1, 0, 3,
+//                     2, .. in which the kernels add; as bf16 in their own order.
 //   for int8 weights: int16, scale = max|x| / 32767 of the whole row. Products of a group sum exactly in 32 bits:
 //                     64 * 127 * 32767 < 2^31.
 //   for int4 weights: int8, scale = max|x| / 127 of each group of 32. `offsets` are -8 * sum(q) of the group, which

@@ -150,9 +150,10 @@ class MessageTest(unittest.TestCase):
         # A machine may be done with one answer in time; not with the crowd that came first. That this cannot be had in time
         # may also be foreseen (UNAVAILABLE).
         slow = message(generate_request(max_tokens=990))
-        with survivor(self, "--max-request-timeout=0.5", "--max-num-sequences=1") as server:
-            for value in ("1n", "0m", "1m", "99999999H", "abc", "-1S", "12345678901234567S", ""):
-                with self.subTest(value), Connection(server.port) as crowd:
+        for value in ("1n", "0m", "1m", "99999999H", "abc", "-1S", "12345678901234567S", ""):
+            # A server for each: one that has seen a crowd fail would refuse the next.
+            with self.subTest(value), survivor(self, "--max-request-timeout=0.5", "--max-num-sequences=1") as server:
+                with Connection(server.port) as crowd:
                     for i in range(64):
                         crowd.call(2 * i + 1, GENERATE, slow)
                     wait_for("the crowd", lambda: server.metric("minitron_requests_waiting") > 0)

@@ -279,8 +279,10 @@ TEST(Checkpoint, MapsOneTensorInAndNoOther) {
   (*checkpoint)->MapIn(second.data, second.num_bytes);
   const auto faults_of = [](const TensorEntry& entry) {
     const int64_t before = MinorFaults();
-    EXPECT_EQ(SumOfPages(static_cast<const uint8_t*>(entry.data), entry.num_bytes), 0);
-    return MinorFaults() - before;
+    const int64_t sum = SumOfPages(static_cast<const uint8_t*>(entry.data), entry.num_bytes);
+    const int64_t faults = MinorFaults() - before;
+    EXPECT_EQ(sum, 0);
+    return faults;
   };
   EXPECT_LE(faults_of(second), 2);
   EXPECT_GT(faults_of(first), 2);

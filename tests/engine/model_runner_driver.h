@@ -49,6 +49,7 @@ struct Schedule {
   bool overlap = false;           // submit a step before the one before is collected
   bool constrained_wait = false;  // constrained jobs are not submitted ahead of their last token
   DType dtype = DType::kBf16;
+  ActivationType rows = ActivationType::kF32;
 };
 
 struct Running {
@@ -126,7 +127,8 @@ class Driver {
                 .num_kv_blocks = kNumBlocks,
                 .max_num_sequences = kMaxSequences,
                 .max_num_tokens = kMaxTokens,
-                .max_context_tokens = config.max_position_embeddings} {
+                .max_context_tokens = config.max_position_embeddings,
+                .activation_type = schedule.rows} {
     for (BlockId block = 0; block < kNumBlocks; ++block) free_blocks_.push_back(block);
     std::shuffle(free_blocks_.begin(), free_blocks_.end(), random_);
     for (int slot = 0; slot < kMaxSequences; ++slot) free_slots_.push_back(slot);

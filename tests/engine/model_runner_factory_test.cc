@@ -2,8 +2,10 @@
 #include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "engine/base/check.h"
 #include "engine/cpu/amx_matmul.h"
 #include "engine/cpu/cpu_model_runner.h"
 #include "engine/cpu/panel_matmul.h"
@@ -70,6 +72,55 @@ TEST(ModelRunnerFactoryTest, Fp32KeysAndValuesTakeTwiceTheMemory) {
   EngineOptions options = TinyOptions();
   options.kv_cache_type = KvCacheType::kF32;
   EXPECT_EQ((*CreateModelRunner(options))->model_info().kv_bytes_per_token, 2 * 6 * 2 * 64 * 4);
+}
+
+// The chosen token's logprob after a prompt of three tokens.
+float LogprobWith(Quantization quantization, ActivationType rows) {
+  EngineOptions options = TinyOptions();
+  options.quantization = quantization;
+  options.activation_type = rows;
+  const auto runner = CreateModelRunner(options).value();
+  SamplingParams params;
+  params.temperature = 0.0f;
+  Batch batch;
+  batch.token_ids = {5, 700, 31};
+  batch.positions = {0, 1, 2};
+  batch.slot_mapping = {0, 1, 2};
+  batch.query_start.push_back(3);
+  batch.block_ids = {0};
+  batch.block_start.push_back(1);
+  batch.kv_lens = {3};
+  batch.results = {{.token_row = 2, .num_top_logprobs = 0, .params = &params}};
+  CHECK(runner->Submit(batch).ok());
+  return runner->Collect()->rows[0].chosen.logprob;
+}
+
+TEST(ModelRunnerFactoryTest, RowsAreRoundedIfAskedForWithBf16WeightsOnly) {
+  const auto both = [](Quantization quantization) {
+    return std::pair(LogprobWith(quantization, ActivationType::kF32), LogprobWith(quantization, ActivationType::kBf16));
+  };
+  const auto [exact, rounded] = both(Quantization::kOff);
+  EXPECT_NE(exact, rounded);
+  EXPECT_NEAR(exact, rounded, 0.05f);
+  for (const Quantization quantization : {Quantization::kInt8, Quantization::kInt4}) {
+    const auto [one, other] = both(quantization);
+    EXPECT_EQ(one, other);
+  }
+}
+
+TEST(ModelRunnerFactoryTest, WhatOnlyTheCpuHasIsRefusedByCudaAndTakesAutoToTheCpu) {
+  for (const bool wide_cache : {false, true}) {
+    EngineOptions options = TinyOptions();
+    if (wide_cache) options.kv_cache_type = KvCacheType::kF32;
+    if (!wide_cache) options.activation_type = ActivationType::kF32;
+    EXPECT_EQ((*CreateModelRunner(options))->model_info().backend, "cpu");
+    options.backend = Backend::kCuda;
+    const absl::Status status = CreateModelRunner(options).status();
+    const bool without_cuda = absl::IsUnimplemented(status);  // how the engine was built
+    EXPECT_TRUE(without_cuda || absl::IsInvalidArgument(status)) << status;
+    EXPECT_THAT(std::string(status.message()),
+                HasSubstr(without_cuda ? "no CUDA backend" : "fp32 is for the cpu backend"));
+  }
 }
 
 TEST(ModelRunnerFactoryTest, RowsAreRoundedUnaskedOnlyWhereTheProcessorMultipliesBf16) {

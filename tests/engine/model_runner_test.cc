@@ -17,11 +17,24 @@
 namespace minitron::engine {
 namespace {
 
-class ModelRunnerTest : public testing::TestWithParam<DType> {
+struct Format {
+  const char* name;
+  DType dtype;
+  ActivationType rows = ActivationType::kF32;
+};
+constexpr Format kFormats[] = {{"bf16", DType::kBf16},
+                               {"f16", DType::kF16},
+                               {"f32", DType::kF32},
+                               {"bf16_panels", DType::kBf16Panels},
+                               {"bf16_panels_rows_in_bf16", DType::kBf16Panels, ActivationType::kBf16},
+                               {"int8_panels", DType::kInt8Panels},
+                               {"int4_panels", DType::kInt4Panels}};
+
+class ModelRunnerTest : public testing::TestWithParam<Format> {
  protected:
   // One request at a time, each prompt in as few steps as the batch allows.
   std::vector<Trace> Alone(const std::vector<Job>& jobs) const { return Driver(jobs, Base()).Run(); }
-  Schedule Base() const { return {.dtype = GetParam()}; }
+  Schedule Base() const { return {.dtype = GetParam().dtype, .rows = GetParam().rows}; }
 };
 
 TEST_P(ModelRunnerTest, EveryRequestGetsItsTokens) {
@@ -209,12 +222,8 @@ TEST(ModelRunnerLogitsTest, RowsOfLaterChunksEqualRowsAskedAlone) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(WeightTypes, ModelRunnerTest,
-                         testing::Values(DType::kBf16, DType::kF16, DType::kF32, DType::kBf16Panels, DType::kInt8Panels,
-                                         DType::kInt4Panels),
-                         [](const auto& type) {
-                           return std::string(DTypeName(type.param)) + (IsPanels(type.param) ? "_panels" : "");
-                         });
+INSTANTIATE_TEST_SUITE_P(WeightTypes, ModelRunnerTest, testing::ValuesIn(kFormats),
+                         [](const auto& format) { return format.param.name; });
 
 }  // namespace
 }  // namespace minitron::engine

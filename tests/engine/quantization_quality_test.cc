@@ -274,6 +274,11 @@ TEST_F(QuantizationQualityTest, NoFormatIsWorseThanLlamaCppsOfItsSize) {
     const Difference theirs = Compare(peer.name, reference, Measure(peer));
     EXPECT_LE(ours.relative, theirs.relative) << format.name;
   }
+  // The same numbers rounded, summed in another order.
+  const Format rounded = {"bf16, rows bf16, fp32 KV", Quantization::kOff, KvCacheType::kF32, 0, 0, 0,
+                          ActivationType::kBf16};
+  EXPECT_LE(Compare(rounded.name, reference, Measure(rounded)).relative,
+            1.1 * Compare(kPeerBf16.name, reference, Measure(kPeerBf16)).relative);
   for (const PeerFormat& format : kPeerWeights) Compare(format.name, reference, Measure(format));  // for the table
 }
 

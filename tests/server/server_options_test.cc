@@ -46,6 +46,16 @@ TEST(ServerOptionsTest, ErrorsNameFlagValueAndLimitInOneLine) {
   EXPECT_EQ(ErrorOf({"--model="}), "--model=: is empty");
 }
 
+TEST(ServerOptionsTest, ActivationTypesAreTheEngines) {
+  const auto type = [](const std::string& name) {
+    return ParseServerOptions({"--model=m", "--activation-dtype=" + name})->activation_type();
+  };
+  EXPECT_EQ(ParseServerOptions({"--model=m"})->activation_type(), engine::ActivationType::kAuto);
+  EXPECT_EQ(type("auto"), engine::ActivationType::kAuto);
+  EXPECT_EQ(type("fp32"), engine::ActivationType::kF32);
+  EXPECT_EQ(type("bf16"), engine::ActivationType::kBf16);
+}
+
 class LayersTest : public ::testing::Test {
  protected:
   void SetUp() override { Write(R"({"port": 1001, "threads": 3, "reflection": false, "host": "::1"})"); }

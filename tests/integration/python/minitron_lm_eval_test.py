@@ -23,7 +23,7 @@ import server_fixture  # noqa: E402
 
 TASKS = pathlib.Path(__file__).resolve().parent / "lm_eval_tasks"
 GOLDENS = server_fixture.ROOT / "tests" / "engine" / "goldens"
-# Of a sum over a text's tokens. The goldens are fp32 sums in another order, with keys and values in fp32, as here.
+# Of a sum over a text's tokens. The goldens are fp32 sums in another order, with rows, keys and values in fp32, as here.
 TOLERANCE_OF_GOLDENS = 1e-4
 
 

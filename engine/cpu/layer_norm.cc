@@ -28,15 +28,23 @@ HWY_INLINE float FixedOrderSum(int64_t count, const Term& term) {
   return sum;
 }
 
-void LayerNormRowForTarget(float* HWY_RESTRICT x, const float* HWY_RESTRICT delta, const float* HWY_RESTRICT gain,
-                           const float* HWY_RESTRICT bias, int64_t count, float eps, float* HWY_RESTRICT out) {
-  if (delta != nullptr) {
-    for (int64_t i = 0; i < count; ++i) x[i] += delta[i];
-  }
+HWY_INLINE void AddRow(float* HWY_RESTRICT x, const float* HWY_RESTRICT delta, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] += delta[i];
+}
+
+HWY_INLINE void NormRow(const float* HWY_RESTRICT x, const float* HWY_RESTRICT gain, const float* HWY_RESTRICT bias,
+                        int64_t count, float eps, float* HWY_RESTRICT out) {
   const float mean = FixedOrderSum(count, [x](int64_t i) HWY_ATTR { return x[i]; }) / static_cast<float>(count);
   const float squares = FixedOrderSum(count, [x, mean](int64_t i) HWY_ATTR { return (x[i] - mean) * (x[i] - mean); });
   const float scale = 1.0f / std::sqrt(squares / static_cast<float>(count) + eps);
   for (int64_t i = 0; i < count; ++i) out[i] = (x[i] - mean) * scale * gain[i] + bias[i];
+}
+
+// `out` may be `delta`, so they do not meet in one function.
+void LayerNormRowForTarget(float* x, const float* delta, const float* gain, const float* bias, int64_t count, float eps,
+                           float* out) {
+  if (delta != nullptr) AddRow(x, delta, count);
+  NormRow(x, gain, bias, count, eps, out);
 }
 
 }  // namespace HWY_NAMESPACE

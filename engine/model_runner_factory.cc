@@ -106,8 +106,8 @@ absl::StatusOr<int> SizeKvCache(const EngineOptions& options, int max_context_to
   return static_cast<int>(std::min<int64_t>(num_blocks, INT32_MAX));
 }
 
-// Whether to run on the device. Error: asked for, and not possible. `why_not` is set when auto found none; it is told
-// only once the model is loaded, because a failed start is one line.
+// Whether to run on the device. Error: asked for, and not possible. `why_not` is set when auto found none, or what only
+// the CPU has was asked for; it is told only once the model is loaded, because a failed start is one line.
 absl::StatusOr<bool> UseCuda(const EngineOptions& options, [[maybe_unused]] std::string& why_not) {
   if (options.backend == Backend::kCpu) return false;
 #if MINITRON_CUDA
@@ -157,7 +157,7 @@ struct LoadedWeights {
 
 absl::StatusOr<std::shared_ptr<const LoadedWeights>> Load(std::shared_ptr<const Checkpoint> checkpoint,
                                                           const NemotronWeights& source, const EngineOptions& options,
-                                                          int num_threads) {
+                                                          int num_threads, int64_t kv_cache_bytes) {
   cpu::ThreadPool pool(num_threads, cpu::ThreadCpusHere(num_threads));
   const cpu::PackOptions pack_options{.quantization = options.quantization,
                                       .cache_dir = options.cache_dir,
@@ -169,8 +169,8 @@ absl::StatusOr<std::shared_ptr<const LoadedWeights>> Load(std::shared_ptr<const 
   // In place: each thread first touches the part of each matrix that it will read in a step.
   pool.CallInPlace([&] { loaded = cpu::PackedWeights::Load(source, *checkpoint, pack_options, pool); });
   ASSIGN_OR_RETURN(auto packed, std::move(loaded));
-  // The embedding is read where it lies. Where it does not fit beside the matrices it would only push them out.
-  const bool fits = packed->weights().num_bytes <= available - available / 10;
+  // The embedding is read where it lies. Where it does not fit beside all else it would only push that out.
+  const bool fits = packed->weights().num_bytes + kv_cache_bytes <= available;
   if (fits) checkpoint->MapIn(source.embedding.data, source.embedding.bytes());
   return std::make_shared<const LoadedWeights>(LoadedWeights{std::move(checkpoint), std::move(packed)});
 }
@@ -207,10 +207,12 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> CreateModelRunner(const EngineOptio
     return absl::InvalidArgumentError(
         absl::StrCat("the checkpoint's matrices are fp8: for the cuda backend", Because(why_not_cuda)));
   }
-  ASSIGN_OR_RETURN(const int num_blocks,
-                   SizeKvCache(options, max_context, cpu::KvBytesPerToken(config, options.kv_cache_type)));
+  const int64_t token_bytes = cpu::KvBytesPerToken(config, options.kv_cache_type);
+  ASSIGN_OR_RETURN(const int num_blocks, SizeKvCache(options, max_context, token_bytes));
   const int num_threads = options.num_threads > 0 ? options.num_threads : cpu::NumUsableCores();
-  ASSIGN_OR_RETURN(const std::shared_ptr<const LoadedWeights> loaded, Load(checkpoint, source, options, num_threads));
+  ASSIGN_OR_RETURN(
+      const std::shared_ptr<const LoadedWeights> loaded,
+      Load(checkpoint, source, options, num_threads, int64_t{num_blocks} * options.block_size * token_bytes));
   const NemotronWeights& weights = loaded->packed->weights();
   if (!why_not_cuda.empty()) base::LogInfo(absl::StrCat("backend auto: cpu, because ", why_not_cuda));
   const ActivationType activations = cpu::ChooseActivationType(options.activation_type);

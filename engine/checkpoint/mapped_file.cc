@@ -22,7 +22,7 @@
 namespace minitron::engine {
 namespace {
 
-constexpr int64_t kPageBytes = 4096;
+constexpr int64_t kSmallestPage = 4096;
 constexpr int64_t kPrefaultChunkBytes = int64_t{64} << 20;
 constexpr size_t kMaxNameBytes = 255;  // NAME_MAX
 // O_NONBLOCK: opening a FIFO without a writer must not hang. It means nothing to a regular file.
@@ -144,10 +144,10 @@ void MapPages(const uint8_t* begin, int64_t length) {
   const auto past_page = static_cast<int64_t>(reinterpret_cast<uintptr_t>(begin) % sysconf(_SC_PAGESIZE));
   begin -= past_page;
   length += past_page;
-  if (madvise(const_cast<uint8_t*>(begin), length, MADV_POPULATE_READ) == 0) return;
+  if (madvise(const_cast<uint8_t*>(begin), length, MADV_POPULATE_READ) == 0 || errno != EINVAL) return;
   // A kernel before 5.14: touch them one by one.
   const volatile uint8_t* bytes = begin;
-  for (int64_t i = 0; i < length; i += kPageBytes) static_cast<void>(bytes[i]);
+  for (int64_t i = 0; i < length; i += kSmallestPage) static_cast<void>(bytes[i]);
 }
 
 void Prefault(const std::vector<std::unique_ptr<MappedFile>>& files, bool show_progress, int64_t min_bytes) {

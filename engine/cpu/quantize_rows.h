@@ -10,7 +10,8 @@
 namespace minitron::engine::cpu {
 
 // Rows of activations, group-major, so that the rows of one group of inputs are one contiguous slab. Inputs past the
-// depth are zero. A row with a value that is not finite gets a NaN scale, so its outputs are NaN.
+// depth are zero. A row with a value that is not finite gets a NaN scale (int4: its group does), so its outputs are
+// NaN.
 //   for bf16 weights: the values themselves, or rounded to bf16 (to nearest, ties to even), in slices of 128 inputs.
 //                     (Rows a power of two apart would share one set of the L1 cache.) As floats in the order 1, 0, 3,
 //                     2, .. in which the kernels add; as bf16 in their own order.

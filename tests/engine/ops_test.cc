@@ -11,6 +11,7 @@
 
 #include "engine/convert.h"
 #include "engine/cpu/cpu_ops.h"
+#include "engine/cpu/layer_norm.h"
 #include "gtest/gtest.h"
 #include "tests/engine/random_model.h"
 #include "tests/engine/targets.h"
@@ -205,6 +206,23 @@ TYPED_TEST(OpsTest, LayerNormCancelsALargeMean) {
   for (int i = 0; i < 64; ++i) x[i] = 1000.0f + (i % 2 == 0 ? 1.0f : -1.0f);
   ops->AddLayerNorm1p({x.data(), 1, 64}, {nullptr, 1, 64}, zero, zero, 1e-5f, {out.data(), 1, 64});
   for (int i = 0; i < 64; ++i) EXPECT_NEAR(out[i], i % 2 == 0 ? 1.0 : -1.0, 1e-4);
+}
+
+TEST(LayerNormRowTest, HasTheSameBitsOnEveryTarget) {
+  for (const int count : kEdges) {
+    uint64_t seed = 3;
+    std::vector<float> x(count), delta(count), gain(count), bias(count), first;
+    for (std::vector<float>* values : {&x, &delta, &gain, &bias}) {
+      for (float& value : *values) value = NextUniform(seed);
+    }
+    ForEachTarget([&](int64_t) {
+      std::vector<float> residual = x, out = delta;  // the alias the contract allows
+      cpu::LayerNormRow(residual.data(), out.data(), gain.data(), bias.data(), count, 1e-5f, out.data());
+      residual.insert(residual.end(), out.begin(), out.end());
+      if (first.empty()) first = residual;
+      ASSERT_EQ(std::memcmp(residual.data(), first.data(), first.size() * sizeof(float)), 0) << count;
+    });
+  }
 }
 
 TYPED_TEST(OpsTest, SquaredReluEqualsReferenceAndKeepsNan) {

@@ -58,7 +58,7 @@ def cublaslt_name(bundle):
     return found.group().decode() if found else "libcublasLt.so"
 
 
-def library_path(bundle):
+def loader_path(bundle):
     """LD_LIBRARY_PATH of the bundle's programs: its own libraries first, CUDA's from where they are."""
     folders = [str(pathlib.Path(bundle) / "lib"), *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
     for name in ("libcuda.so.1", cublaslt_name(bundle)):
@@ -115,7 +115,7 @@ def probe(library):
 
 def run_probe(bundle):
     """probe() in a process of its own, with the libraries the bundle's programs would get."""
-    environment = {**os.environ, "LD_LIBRARY_PATH": library_path(bundle)}
+    environment = {**os.environ, "LD_LIBRARY_PATH": loader_path(bundle)}
     try:
         result = subprocess.run([sys.executable, __file__, "--probe", cublaslt_name(bundle)], env=environment,
                                 capture_output=True, text=True, timeout=30)
@@ -128,7 +128,7 @@ def run_probe(bundle):
 
 def program_lines(bundle):
     """Whether the bundle's programs start."""
-    environment = {**os.environ, "LD_LIBRARY_PATH": library_path(bundle)}
+    environment = {**os.environ, "LD_LIBRARY_PATH": loader_path(bundle)}
     for name, option in (("minitron-server", "--version"), ("cuda_tests_gpu", "--gtest_list_tests"),
                          ("minitron-gpu-bench", "")):
         try:

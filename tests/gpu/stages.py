@@ -65,7 +65,7 @@ class Context:
 
     def environment(self, **more):
         """The bundle's libraries, for its own programs only: the machine's have their own."""
-        return {**os.environ, "LD_LIBRARY_PATH": machine.library_path(self.bundle),
+        return {**os.environ, "LD_LIBRARY_PATH": machine.loader_path(self.bundle),
                 "MINITRON_GPU_CACHE_DIR": str(self.work), **more}
 
     def command(self, program, *arguments):

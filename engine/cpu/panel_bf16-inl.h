@@ -32,6 +32,20 @@ HWY_INLINE VF OddInputs(VI pairs) {
   return hn::BitCast(F32(), hn::And(pairs, hn::Set(I32(), static_cast<int32_t>(0xFFFF0000))));
 }
 
+template <int kRows, int kVectors>
+HWY_INLINE void LoadSums(const float* HWY_RESTRICT sums, VF (&acc)[kRows][kVectors]) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::Load(F32(), sums + r * kPanelOuts + v * kLanes);
+  }
+}
+
+template <int kRows, int kVectors>
+HWY_INLINE void StoreSums(const VF (&acc)[kRows][kVectors], float* HWY_RESTRICT sums) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], F32(), sums + r * kPanelOuts + v * kLanes);
+  }
+}
+
 // Rows and weights are added in pairs of inputs, the odd one first. `count` is rounded up to pairs: what is past the
 // end is zero on both sides.
 
@@ -40,9 +54,7 @@ template <int kRows, int kVectors>
 HWY_INLINE void Bf16Tile(const float* HWY_RESTRICT x, const uint8_t* HWY_RESTRICT w, int64_t count,
                          float* HWY_RESTRICT sums) {
   VF acc[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::Load(F32(), sums + r * kPanelOuts + v * kLanes);
-  }
+  LoadSums(sums, acc);
   for (int64_t i = 0; i < count; i += 2, w += kBf16PairBytes) {
     for (int v = 0; v < kVectors; v += 16 / kLanes) PrefetchLine(w + v * kLanes * 4);
     VI pairs[kVectors];
@@ -59,9 +71,7 @@ HWY_INLINE void Bf16Tile(const float* HWY_RESTRICT x, const uint8_t* HWY_RESTRIC
       for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(value, inputs[v], acc[r][v]);
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) hn::Store(acc[r][v], F32(), sums + r * kPanelOuts + v * kLanes);
-  }
+  StoreSums(acc, sums);
 }
 
 // The same from a slice widened to fp32, [inputs][32], `count` of them even.
@@ -69,9 +79,7 @@ template <int kRows>
 HWY_INLINE void FloatTile(const float* HWY_RESTRICT x, const float* HWY_RESTRICT w, int64_t count,
                           float* HWY_RESTRICT sums) {
   VF acc[kRows][kTileVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) acc[r][v] = hn::Load(F32(), sums + r * kPanelOuts + v * kLanes);
-  }
+  LoadSums(sums, acc);
   for (int64_t i = 0; i < count; ++i, w += kPanelOuts) {
     VF inputs[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) inputs[v] = hn::Load(F32(), w + v * kLanes);
@@ -80,9 +88,7 @@ HWY_INLINE void FloatTile(const float* HWY_RESTRICT x, const float* HWY_RESTRICT
       for (int v = 0; v < kTileVectors; ++v) acc[r][v] = hn::MulAdd(value, inputs[v], acc[r][v]);
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) hn::Store(acc[r][v], F32(), sums + r * kPanelOuts + v * kLanes);
-  }
+  StoreSums(acc, sums);
 }
 
 HWY_INLINE void WidenSlice(const uint8_t* HWY_RESTRICT w, int64_t count, float* HWY_RESTRICT wide) {
@@ -144,9 +150,7 @@ template <int kRows>
 HWY_INLINE void Bf16PairsTile(const uint16_t* HWY_RESTRICT x, const uint8_t* HWY_RESTRICT w, int64_t count,
                               float* HWY_RESTRICT sums) {
   VF acc[kRows][kTileVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) acc[r][v] = hn::Load(F32(), sums + r * kPanelOuts + v * kLanes);
-  }
+  LoadSums(sums, acc);
   for (int64_t i = 0; i < count; i += 2, w += kBf16PairBytes) {
     VI pairs[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) {
@@ -160,9 +164,7 @@ HWY_INLINE void Bf16PairsTile(const uint16_t* HWY_RESTRICT x, const uint8_t* HWY
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) hn::Store(acc[r][v], F32(), sums + r * kPanelOuts + v * kLanes);
-  }
+  StoreSums(acc, sums);
 }
 
 HWY_NOINLINE void Bf16PairsSlice(const uint16_t* x, int64_t rows, const uint8_t* w, int64_t count, float* sums) {

@@ -41,7 +41,7 @@ struct Format {
 constexpr Format kReference = {"bf16, fp32 KV", Quantization::kOff, KvCacheType::kF32, 0.0, 0.0, 1.0};
 constexpr Format kFormats[] = {
     {"bf16, bf16 KV", Quantization::kOff, KvCacheType::kBf16, 0.0005, 0.002, 0.995},
-    {"bf16, rows bf16", Quantization::kOff, KvCacheType::kBf16, 0.001, 0.003, 0.99, ActivationType::kBf16},
+    {"bf16, rows bf16", Quantization::kOff, KvCacheType::kBf16, 0.0005, 0.0025, 0.995, ActivationType::kBf16},
     {"int8, bf16 KV", Quantization::kInt8, KvCacheType::kBf16, 0.001, 0.006, 0.99},
     {"int4, bf16 KV", Quantization::kInt4, KvCacheType::kBf16, 0.015, 0.06, 0.91},
 };
